@@ -1,0 +1,150 @@
+"""Weights into a model: built without memory, then filled strictly, tensor by tensor.
+
+A model is built on ``meta``, so nothing is allocated or initialised for nothing. Names and shapes are compared before
+the first byte is read; then each tensor is read, converted and put in place before the next one, so the peak is the
+model itself and the tensors in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from russet.checkpoints.stored import Source
+from russet.errors import CorruptFile, KeyMismatch
+
+log = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+SHOWN = 10  # names listed of each kind of mismatch
+READERS = 2  # tensors in flight: reading and converting let go of the interpreter's lock
+
+
+class _EmptyOnMeta(TorchFunctionMode):  # type: ignore[misc]
+    """While it is active, ``torch.empty`` makes tensors without memory; all that is computed keeps its values.
+
+    ``torch.device("meta")`` as a context would do more, and torch 1.13 does not have it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def build(cls: type[Module], config: Any) -> Module:
+    """A model in eval mode whose parameters have no memory yet, for ``fill``."""
+    with _EmptyOnMeta():
+        model = cls(config)
+    return model.eval()
+
+
+def fill(
+    model: nn.Module,
+    sources: Mapping[str, Source],
+    where: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:
+    """Puts every tensor into its place in ``model``, as a parameter that wants no gradient.
+
+    Floating-point values are converted to ``dtype``; None keeps them as stored. ``memory_format`` is for convolution
+    weights ([out, in, h, w]).
+
+    Raises:
+        KeyMismatch: names are missing or left over, or shapes differ; nothing was read then.
+        CorruptFile: a file cannot be read, or stores whole numbers where the model has floating-point ones.
+    """
+    places = _places(model)
+    check(model, {name: source.shape for name, source in sources.items()}, where)
+
+    def put(name: str) -> str | None:
+        value = sources[name].read()
+        target = places[name][0]
+        if value.dtype.is_floating_point != target.is_floating_point:
+            raise CorruptFile(f"{where}: {name} is stored as {value.dtype}; quantised weights are not supported")
+        value = value.to(target.dtype if not target.is_floating_point else dtype or value.dtype)
+        sound = is_finite(value)
+        if value.dim() == 4:
+            value = value.contiguous(memory_format=memory_format)
+        _assign(places[name][1], value.to(device))
+        return None if sound else name
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="russet-load") as pool:
+        try:
+            broken = [name for name in pool.map(put, sources) if name]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if broken:
+        log.warning("%s: NaN or Inf in %s; pictures will be black or broken", where, _listed(broken))
+
+
+def check(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compares names and shapes with what ``model`` needs.
+
+    Raises:
+        KeyMismatch: listing what is missing, unexpected and wrongly shaped.
+    """
+    places = _places(model)
+    given = {id(places[name][0]) for name in shapes if name in places}
+    missing = [name for name, (target, _) in places.items() if id(target) not in given]
+    unexpected = [name for name in shapes if name not in places]
+    wrong = [
+        f"{name} (is {list(shape)}, should be {list(places[name][0].shape)})"
+        for name, shape in shapes.items()
+        if name in places and tuple(shape) != tuple(places[name][0].shape)
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
+    if faults := [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]:
+        raise KeyMismatch(
+            f"{where} does not fit {type(model).__name__}: {'; '.join(faults)}. "
+            "Do config and weights belong to the same model?"
+        )
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether no element is NaN or Inf, found on the bits: two passes of an integer maximum, no temporary tensor."""
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}.get(value.element_size())
+    if not value.is_floating_point() or bits is None or value.numel() == 0:
+        return True
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    raw = value.view(whole).numpy()
+    infinity = int(torch.tensor(float("inf"), dtype=value.dtype).view(whole))
+    sign = 1 << (8 * value.element_size() - 1)
+    return bool(raw.max() < infinity and raw.view(bits).max() < sign + infinity)
+
+
+def _places(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str]]]]:
+    """For each name in the state dict its tensor and everywhere that this tensor is used (tied weights: several)."""
+    targets = model.state_dict(keep_vars=True)
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, target in targets.items():
+        owner, _, leaf = name.rpartition(".")
+        users.setdefault(id(target), []).append((modules[owner], leaf))
+    return {name: (target, users[id(target)]) for name, target in targets.items()}
+
+
+def _assign(users: list[tuple[nn.Module, str]], value: torch.Tensor) -> None:
+    parameter = nn.Parameter(value, requires_grad=False)
+    for module, name in users:
+        if name in module._parameters:
+            module._parameters[name] = parameter
+        else:
+            module._buffers[name] = value
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", … ({len(names) - SHOWN} more)" if len(names) > SHOWN else "")
