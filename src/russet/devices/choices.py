@@ -1,0 +1,181 @@
+"""The words of a plan: what is asked for, what is decided, and why. Plain data; nothing here decides.
+
+What a pipeline does with each decision is said once, in ``MEANING`` below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from russet.errors import ArgumentTypeError, InputError
+
+COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+MEANING: Mapping[str, str] = {
+    "dtype.text_encoder": "name of the torch dtype that the text encoders' parameters and inputs have",
+    "dtype.unet": "the same for the UNet; latents stay float32 between steps and are cast on the way in",
+    "dtype.vae": "the same for the VAE; latents are cast to it before decoding, pictures to it before encoding",
+    "dtype.safety_checker": "the same for the safety checker",
+    "attention.text_encoder": "AttentionChoice to build and hand to the text encoders' set_attention",
+    "attention.unet": "AttentionChoice to build and hand to the UNet's set_attention",
+    "attention.vae": "AttentionChoice to build and hand to the VAE's set_attention",
+    "contiguous_attention": "True: queries, keys and values are made contiguous before attention",
+    "causal_mask": "'float': the text encoder adds a float mask (0 and -inf); is_causal=True is never used",
+    "group_norm": "'native' or 'composite' (mean and variance by plain operations), for every GroupNorm",
+    "memory_format": "'channels_last' or 'contiguous': module.to(memory_format=…) of UNet and VAE, and of what enters",
+    "non_blocking": "the argument of that name of every copy to the device",
+    "micro_batch": "how many images the UNet sees in one call (with guidance it sees twice as many rows)",
+    "vae_batch": "how many images the VAE decodes or encodes in one call",
+    "vae_tile": "Tile to decode and encode by, or None for the whole picture at once",
+    "text_encoder": "'device': stays there; 'cpu': encodes on the CPU; 'freed': its weights are dropped once the prompt"
+    " is encoded, and read from the checkpoint again for the next prompt",
+    "offload": "None; 'model': a component is on the device only while it works; 'sequential': a layer only while it"
+    " does. Idle weights are on the CPU for cuda; where CPU and device share memory they are dropped and reread",
+    "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO (Plan.environment) before mps is first used;"
+    " None: leave them",
+    "bucket": "sizes that the caller leaves open are rounded to multiples of this many pixels; given sizes are obeyed",
+    "priming": "True: run one step of the first call, discard it, and start the call again",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """Which attention to build (see ``russet.attention``), inside out: ``kind``, then ``upcast``, then ``pad``.
+
+    ``fused``: torch's own. ``sliced``: at most ``rows`` of the batch·heads score matrices at a time. ``chunked``:
+    ``queries`` of each at a time, over ``keys`` at a time (None: all keys), so that no full score matrix exists.
+    ``pad`` lists (head size, padded head size): such heads get zero columns, and keep their own scale.
+    ``upcast``: scores and softmax in float32.
+    """
+
+    kind: Literal["fused", "sliced", "chunked"] = "fused"
+    rows: int | None = None
+    queries: int | None = None
+    keys: int | None = None
+    pad: tuple[tuple[int, int], ...] = ()
+    upcast: bool = False
+
+    def __str__(self) -> str:
+        how = {
+            "fused": "fused",
+            "sliced": f"sliced, {self.rows} score matrices at a time",
+            "chunked": f"chunked, {self.queries} queries"
+            + (f" × {self.keys} keys" if self.keys else "")
+            + " at a time",
+        }[self.kind]
+        pads = ", ".join(f"{small}→{large}" for small, large in self.pad)
+        return how + (f", heads padded {pads}" if pads else "") + (", float32 scores" if self.upcast else "")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A VAE tile: ``size`` latents square, neighbours sharing ``overlap`` latents (8 pixels each) that are blended."""
+
+    size: int
+    overlap: int
+
+    def __str__(self) -> str:
+        return f"{self.size * 8}×{self.size * 8} pixels, {self.overlap * 8} shared"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision: ``value`` as ``MEANING[name]`` says, ``reason`` in words, ``by`` ``"plan"`` or ``"user"``."""
+
+    name: str
+    value: Any
+    reason: str
+    by: Literal["plan", "user"] = "plan"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {spelled(self.value)} ({'as you asked; ' if self.by == 'user' else ''}{self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user decided explicitly; None everywhere means: let the plan decide.
+
+    ``dtype`` is one name for all components, or a mapping of component to name. ``attention_slicing`` is what
+    ``enable_attention_slicing`` takes: ``"auto"`` (half of the heads at a time), ``"max"`` (one at a time), or a number
+    of heads; ``"off"`` is ``disable_attention_slicing``: the whole score matrix, where the plan would have split it.
+    ``vae_tiling`` and ``vae_slicing`` are True or False. ``offload`` is ``"model"``, ``"sequential"`` or ``"off"``.
+    ``rereadable`` is no wish but a fact: whether weights that are dropped can be read from a checkpoint again.
+
+    Raises:
+        InputError: a value outside of what is listed here.
+    """
+
+    dtype: str | Mapping[str, str] | None = None
+    attention_slicing: str | int | None = None
+    vae_tiling: bool | None = None
+    vae_slicing: bool | None = None
+    offload: str | None = None
+    text_encoder: str | None = None
+    micro_batch: int | None = None
+    memory_format: str | None = None
+    rereadable: bool = True
+    user: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, options in {
+            "offload": ("model", "sequential", "off"),
+            "text_encoder": ("device", "cpu", "freed"),
+            "memory_format": ("contiguous", "channels_last"),
+        }.items():
+            if getattr(self, name) not in (None, *options):
+                raise InputError(f"{name} must be one of {', '.join(options)}, not {getattr(self, name)!r}")
+        for name in ("vae_tiling", "vae_slicing"):
+            if getattr(self, name) not in (None, True, False):
+                raise ArgumentTypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        check_count("micro_batch", self.micro_batch)
+        if self.attention_slicing not in (None, "auto", "max", "off"):
+            check_count("attention slice size", self.attention_slicing, " or 'auto' or 'max'")
+        object.__setattr__(self, "user", self._explicit())
+
+    def _explicit(self) -> dict[str, Any]:
+        """Decision → the user's value, for those whose value the user alone settles."""
+        found: dict[str, Any] = {f"dtype.{name}": dtype for name, dtype in self._dtypes().items()}
+        for name in ("text_encoder", "micro_batch", "memory_format"):
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        if self.offload is not None:
+            found["offload"] = None if self.offload == "off" else self.offload
+        if self.vae_tiling is False:
+            found["vae_tile"] = None
+        if self.vae_slicing:
+            found["vae_batch"] = 1
+        return found
+
+    def _dtypes(self) -> dict[str, str]:
+        given = dict.fromkeys(COMPONENTS, self.dtype) if isinstance(self.dtype, str) else dict(self.dtype or {})
+        for name, dtype in given.items():
+            if name not in COMPONENTS or dtype not in DTYPES:
+                options = f"{', '.join(DTYPES)} for one of {', '.join(COMPONENTS)}"
+                raise InputError(f"a dtype is one of {options}, not {dtype!r} for {name!r}")
+        return {name: str(dtype) for name, dtype in given.items()}
+
+
+def check_count(name: str, value: Any, otherwise: str = "") -> None:
+    """Raises InputError unless ``value`` is None or a whole number above 0."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be a whole number{otherwise}, not {value!r}")
+    if value < 1:
+        raise InputError(f"{name} must be at least 1{otherwise}, not {value}")
+
+
+def spelled(value: Any) -> str:
+    """A decision's value as a person reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a person reads them: ``"2.87 GB"`` (10⁹ bytes), rounded upward."""
+    return f"{math.ceil(size / 1e7) / 100:.2f} GB"

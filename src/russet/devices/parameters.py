@@ -1,0 +1,103 @@
+"""How many parameters a network has, by arithmetic from its sizes: exact for the checkpoints' architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from russet.devices.sizes import Sizes, TransformerSizes, UNetSizes, VAESizes
+
+
+def counts(sizes: Sizes) -> Mapping[str, int]:
+    """Parameters of each component (both text encoders together); what ``sizes.parameters`` says wins."""
+    return {
+        "text_encoder": sum(transformer(tower) for tower in sizes.text),
+        "unet": unet(sizes.unet),
+        "vae": vae(sizes.vae),
+        "safety_checker": safety_checker(sizes.vision) if sizes.vision else 0,
+        **sizes.parameters,
+    }
+
+
+def linear(width: int, out: int, bias: bool = True) -> int:
+    return width * out + (out if bias else 0)
+
+
+def conv(channels: int, out: int, kernel: int = 3) -> int:
+    return kernel * kernel * channels * out + out
+
+
+def norm(width: int) -> int:
+    return 2 * width
+
+
+def resnet(channels: int, out: int, time: int = 0) -> int:
+    shortcut = conv(channels, out, 1) if channels != out else 0
+    timed = linear(time, out) if time else 0
+    return norm(channels) + conv(channels, out) + timed + norm(out) + conv(out, out) + shortcut
+
+
+def spatial_transformer(width: int, depth: int, context: int) -> int:
+    """Normalisation and projections around ``depth`` blocks of self-attention, cross-attention and a gated MLP."""
+    attention = 3 * width * width + linear(width, width)
+    cross = width * width + 2 * context * width + linear(width, width)
+    mlp = linear(width, 8 * width) + linear(4 * width, width)
+    return norm(width) + 2 * linear(width, width) + depth * (3 * norm(width) + attention + cross + mlp)
+
+
+def unet(u: UNetSizes) -> int:
+    first, last, levels = u.channels[0], u.channels[-1], len(u.channels)
+    time = 4 * first
+    embeddings = linear(first, time) + linear(time, time)
+    embeddings += linear(u.added, time) + linear(time, time) if u.added else 0
+    total = embeddings + conv(u.in_channels, first) + norm(first) + conv(first, u.out_channels)
+    if u.mid_depth:
+        total += 2 * resnet(last, last, time) + spatial_transformer(last, u.mid_depth, u.context)
+    skips, width = [first], first
+    for level, out in enumerate(u.channels):
+        for _ in range(u.layers[level]):
+            total += resnet(width, out, time) + (
+                spatial_transformer(out, u.depth[level], u.context) if u.depth[level] else 0
+            )
+            width = out
+            skips.append(out)
+        if level < levels - 1:
+            total += conv(out, out)
+            skips.append(out)
+    for level in reversed(range(levels)):
+        out, depth = u.channels[level], u.up_depth[level]
+        for _ in range(u.layers[level] + 1):
+            total += resnet(width + skips.pop(), out, time) + (
+                spatial_transformer(out, depth, u.context) if depth else 0
+            )
+            width = out
+        total += conv(out, out) if level else 0
+    return total
+
+
+def vae(v: VAESizes) -> int:
+    first, last, levels = v.channels[0], v.channels[-1], len(v.channels)
+    middle = 2 * resnet(last, last) + norm(last) + 4 * linear(last, last)
+    encoder = conv(3, first) + middle + norm(last) + conv(last, 2 * v.latent)
+    decoder = conv(v.latent, last) + middle + norm(first) + conv(first, 3)
+    width_in, width_out = first, last
+    for level in range(levels):
+        down, up = v.channels[level], v.channels[levels - 1 - level]
+        encoder += resnet(width_in, down) + (v.layers - 1) * resnet(down, down)
+        decoder += resnet(width_out, up) + v.layers * resnet(up, up)
+        if level < levels - 1:
+            encoder += conv(down, down)
+            decoder += conv(up, up)
+        width_in, width_out = down, up
+    return encoder + decoder + conv(2 * v.latent, 2 * v.latent, 1) + conv(v.latent, v.latent, 1)
+
+
+def transformer(t: TransformerSizes) -> int:
+    layer = 4 * linear(t.width, t.width) + linear(t.width, t.hidden) + linear(t.hidden, t.width) + 2 * norm(t.width)
+    ends = norm(t.width) * (2 if t.patch else 1) + t.projection * t.width
+    entry = 3 * t.patch**2 * t.width + t.width if t.patch else t.vocabulary * t.width
+    return entry + t.tokens * t.width + t.layers * layer + ends
+
+
+def safety_checker(t: TransformerSizes) -> int:
+    """The vision tower and the embeddings and thresholds of 17 concepts and 3 special ones."""
+    return transformer(t) + 20 * t.projection + 20
