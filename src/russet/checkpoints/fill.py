@@ -28,7 +28,7 @@ SHOWN = 10  # names listed of each kind of mismatch
 READERS = 2  # tensors in flight: reading and converting let go of the interpreter's lock
 
 
-class _EmptyOnMeta(TorchFunctionMode):  # type: ignore[misc]
+class _EmptyOnMeta(TorchFunctionMode):
     """While it is active, ``torch.empty`` makes tensors without memory; all that is computed keeps its values.
 
     ``torch.device("meta")`` as a context would do more, and torch 1.13 does not have it.
@@ -71,10 +71,10 @@ def fill(
 
     def put(name: str) -> str | None:
         value = sources[name].read()
-        target = places[name][0]
-        if value.dtype.is_floating_point != target.is_floating_point:
+        kind = places[name][0].dtype
+        if value.dtype.is_floating_point != kind.is_floating_point:
             raise CorruptFile(f"{where}: {name} is stored as {value.dtype}; quantised weights are not supported")
-        value = value.to(target.dtype if not target.is_floating_point else dtype or value.dtype)
+        value = value.to((dtype or value.dtype) if kind.is_floating_point else kind)
         sound = is_finite(value)
         if value.dim() == 4:
             value = value.contiguous(memory_format=memory_format)

@@ -7,15 +7,15 @@ tensors must cover without gap or overlap. A header is a stranger's text: every 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from russet.checkpoints.json_files import parse_json
-from russet.checkpoints.stored import ITEM_SIZES, StoredFile, StoredTensor
+from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, StoredFile, StoredTensor
 from russet.errors import CorruptFile
 
 HEADER_LIMIT = 32 << 20  # bytes; the header of a full SDXL file has 0.4 MB
-RANK_LIMIT = 8
 
 
 def read_header(file: StoredFile) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -43,7 +43,7 @@ def read_header(file: StoredFile) -> tuple[dict[str, StoredTensor], dict[str, st
 
 def _tensor(file: StoredFile, name: str, entry: Any, base: int) -> StoredTensor:
     def refuse(what: str) -> CorruptFile:
-        return CorruptFile(f"{file.path}: {what} of tensor {name[:200]!r} cannot be right: {str(entry)[:200]}")
+        return CorruptFile(f"{file.path}: {what} of tensor {name[:200]!r} cannot be right: {reprlib.repr(entry)}")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse("the description")

@@ -10,6 +10,7 @@ from russet.checkpoints.stored import StoredFile
 from russet.errors import CorruptFile
 
 SIZE_LIMIT = 64 << 20  # bytes; the index of a sharded model is the longest, with less than one
+DEPTH_LIMIT = 32
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,11 +40,27 @@ def parse_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
     """
     try:
         text = raw.decode("utf-8")
-        return json.loads(text, parse_int=_bounded_int, object_pairs_hook=_unique_keys if unique else None)
+        data = json.loads(text, parse_int=_bounded_int, object_pairs_hook=_unique_keys if unique else None)
     except RecursionError:
         raise CorruptFile(f"{where}: its JSON nests too deep") from None
     except ValueError as error:  # covers bad UTF-8, bad JSON and our own two
         raise CorruptFile(f"{where}: its JSON cannot be read: {str(error)[:300]}") from None
+    if _deeper(data, DEPTH_LIMIT):
+        raise CorruptFile(f"{where}: its JSON nests too deep")
+    return data
+
+
+def _deeper(data: Any, limit: int) -> bool:
+    """Whether lists and objects nest more than ``limit`` times, found without recursion."""
+    level = [data]
+    for _ in range(limit):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _bounded_int(digits: str) -> int:

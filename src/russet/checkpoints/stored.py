@@ -59,6 +59,7 @@ TORCH_NAMES = {
 }
 
 
+RANK_LIMIT = 8  # dimensions of a tensor; convolution weights have four
 LFS_MARK = b"version https://git-lfs"
 
 
@@ -167,6 +168,13 @@ class StoredTensor:
         """How many bytes its values take in memory."""
         return self.count * ITEM_SIZES[self.dtype]
 
+    @property
+    def span(self) -> int:
+        """How many elements lie from the first to the last one, counting those that the strides skip."""
+        if self.strides is None or self.count == 0:
+            return self.count
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
     def read(self) -> torch.Tensor:
         """The values, in memory of their own: the file may change or go away afterwards.
 
@@ -183,14 +191,8 @@ class StoredTensor:
             )
         if self.count == 0:
             return torch.empty(self.shape, dtype=dtype)
-        # The elements that the strides reach, from the first to the last.
-        span = (
-            self.count
-            if self.strides is None
-            else 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        )
-        raw = torch.empty(span * ITEM_SIZES[self.dtype], dtype=torch.uint8)
-        self.file.read_into(memoryview(raw.numpy()), self.offset)
+        raw = torch.empty(self.span * ITEM_SIZES[self.dtype], dtype=torch.uint8)
+        self.file.read_into(raw.numpy().data, self.offset)
         values = raw.view(dtype)
         if self.strides is None:
             return values.reshape(self.shape)
