@@ -32,8 +32,10 @@ class Attended:
 
     def scratch(self, choice: AttentionChoice, width: int) -> int:
         """Bytes beside queries, keys, values and the result: scores and probabilities, or padded copies."""
-        padded = dict(choice.pad).get(self.dim)
-        copies = self.batch * self.heads * (2 * self.queries + 2 * self.keys) * padded * width if padded else 0
+        padded = next((size for size in choice.pad if size >= self.dim), self.dim)
+        copies = (
+            self.batch * self.heads * (2 * self.queries + 2 * self.keys) * padded * width if padded > self.dim else 0
+        )
         wide = 4 if choice.upcast or choice.kind == "chunked" else width
         return copies + 2 * self.scores(choice) * wide
 

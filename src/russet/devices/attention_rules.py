@@ -84,12 +84,12 @@ def why_not_fused(facts: Facts, dtype: str, dims: set[int]) -> str | None:
     return None
 
 
-def padding(facts: Facts, dims: set[int]) -> tuple[tuple[int, int], ...]:
-    """(head size, head size of the kernel it goes to) for those sizes that have no kernel of their own."""
+def padding(facts: Facts, dims: set[int]) -> tuple[int, ...]:
+    """The kernels' head sizes that these heads go to; empty where each has a kernel of its own."""
     if not affected(facts, "flash-head-sizes"):
         return ()
-    targets = ((dim, next(size for size in FLASH_HEADS if size >= dim)) for dim in sorted(dims))
-    return tuple((dim, target) for dim, target in targets if dim != target)
+    targets = sorted({next(size for size in FLASH_HEADS if size >= dim) for dim in dims})
+    return tuple(targets) if set(targets) != dims else ()
 
 
 def asked_attention(

@@ -1,7 +1,7 @@
 """Known defects of PyTorch's mps backend, as rows: where each holds, what it does, and what Russet does about it.
 
 The plan asks for rows by id (``affected``). A new defect is a new row here and one place that reads it, never a
-comparison of versions elsewhere. Sources are public threads and the PyPI wheels; nothing here is guessed from a version number.
+comparison of versions elsewhere. Sources are public threads and the PyPI wheels, never a guess from a version number.
 """
 
 from __future__ import annotations

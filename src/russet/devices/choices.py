@@ -48,7 +48,7 @@ class AttentionChoice:
 
     ``fused``: torch's own. ``sliced``: at most ``rows`` of the batch·heads score matrices at a time. ``chunked``:
     ``queries`` of each at a time, over ``keys`` at a time (None: all keys), so that no full score matrix exists.
-    ``pad`` lists (head size, padded head size): such heads get zero columns, and keep their own scale.
+    ``pad`` lists the head sizes that kernels exist for: ``padded(…, dims=pad)`` fills smaller heads with zero columns.
     ``upcast``: scores and softmax in float32.
     """
 
@@ -56,7 +56,7 @@ class AttentionChoice:
     rows: int | None = None
     queries: int | None = None
     keys: int | None = None
-    pad: tuple[tuple[int, int], ...] = ()
+    pad: tuple[int, ...] = ()
     upcast: bool = False
 
     def __str__(self) -> str:
@@ -67,8 +67,8 @@ class AttentionChoice:
             + (f" × {self.keys} keys" if self.keys else "")
             + " at a time",
         }[self.kind]
-        pads = ", ".join(f"{small}→{large}" for small, large in self.pad)
-        return how + (f", heads padded {pads}" if pads else "") + (", float32 scores" if self.upcast else "")
+        pads = " or ".join(map(str, self.pad))
+        return how + (f", heads padded to {pads}" if pads else "") + (", float32 scores" if self.upcast else "")
 
 
 @dataclass(frozen=True)
