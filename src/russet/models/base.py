@@ -1,0 +1,49 @@
+"""What all networks share: a config, a dtype, a device, and attention that is handed to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from russet.attention import Attention, fused
+from russet.component import Component
+from russet.config import Config
+from russet.errors import ArgumentTypeError
+
+
+class Attending(nn.Module):
+    """A module that computes attention by the function in ``attention``, which ``Model.set_attention`` replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: Attention = fused
+
+
+class Model(nn.Module, Component):
+    """A network with a config. Its parameters carry the names of the published checkpoints."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    def set_attention(self, attention: Attention) -> None:
+        """Makes every attention layer beneath compute by ``attention``, a function of ``russet.attention``.
+
+        Raises:
+            ArgumentTypeError: ``attention`` cannot be called.
+        """
+        if not callable(attention):
+            raise ArgumentTypeError(f"attention must be a function of russet.attention, not {attention!r}")
+        for module in self.modules():
+            if isinstance(module, Attending):
+                module.attention = attention
