@@ -1,0 +1,88 @@
+"""Small files: text read whole within a bound, anything written aside and then renamed.
+
+A checkpoint's JSON files and word lists come from strangers, so reading ends in one of our errors whatever they hold;
+and a write that is cut short (disk full, Ctrl-C) leaves the old file as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from russet.errors import CheckpointError, CorruptFile, MissingFile
+
+LARGEST = 64 << 20
+"""Bytes. The largest text file of a real checkpoint, a tokenizer.json, has 4 MB."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        MissingFile: it is not there.
+        CorruptFile: it is larger than ``LARGEST``, not UTF-8, or only a Git LFS pointer to the real file.
+        CheckpointError: it may not be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
+    except FileNotFoundError:
+        raise MissingFile(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > LARGEST:
+        raise CorruptFile(f"{path} is larger than {LARGEST >> 20} MiB: too large for a file of its kind")
+    if data.startswith(b"version https://git-lfs"):
+        raise CorruptFile(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptFile(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        MissingFile, CheckpointError: as ``read_text``.
+        CorruptFile: the file is no JSON, or its outermost value is no object.
+    """
+    text = read_text(path)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CorruptFile(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file in one step: whoever reads ``path`` sees the old text or the new, never a part.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    part = aside(path)
+    try:
+        part.write_bytes(text.encode("utf-8"))
+        os.replace(part, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Writes a JSON object as Diffusers and transformers do: two spaces, sorted keys, a newline at the end."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def aside(path: Path) -> Path:
+    """A name beside ``path`` that nothing else uses: what is written there can be moved to ``path`` in one step."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
