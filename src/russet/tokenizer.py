@@ -100,7 +100,9 @@ class CLIPTokenizer(Component):
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = (content(self.config[role]) for role in ROLES)
         self._vocab, self._merges, self._added = dict(vocab), list(merges), dict(added or {})
         self._tokenizer = build(self._vocab, self._merges, self.unk_token)
-        self._tokenizer.add_special_tokens([added_token(self.config[role]) for role in ROLES])
+        # By text, so that each is added once: where two roles share a text but not its rules, the last one's hold.
+        special = {content(self.config[role]): added_token(self.config[role]) for role in ROLES}
+        self._tokenizer.add_special_tokens(list(special.values()))
         for text, number in sorted(self._added.items(), key=lambda item: item[1]):
             self._tokenizer.add_tokens([text])
             if self._tokenizer.token_to_id(text) != number:
