@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from russet.checkpoints.stored import Source
-from russet.errors import CorruptFile, KeyMismatch
+from russet.errors import ConfigError, CorruptFile, KeyMismatch, RussetError
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,38 @@ class _EmptyOnMeta(TorchFunctionMode):
     ``torch.device("meta")`` as a context would do more, and torch 1.13 does not have it.
     """
 
+    def __init__(self, limit: int | None) -> None:
+        super().__init__()
+        self.limit = limit
+        self.made = 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
+            self.made += 1
+            if self.limit is not None and self.made > self.limit:
+                raise ConfigError(f"this config describes a model of more than {self.limit} tensors")
         return func(*args, **kwargs)
 
 
-def build(cls: type[Module], config: Any) -> Module:
-    """A model in eval mode whose parameters have no memory yet, for ``fill``."""
-    with _EmptyOnMeta():
-        model = cls(config)
+def build(cls: type[Module], config: Any, limit: int | None = None) -> Module:
+    """A model in eval mode whose parameters have no memory yet, for ``fill``.
+
+    Args:
+        limit: how many tensors the model may have. A config is a stranger's text too: a billion layers would take for
+            ever to build, and cannot fit a file of a thousand tensors.
+
+    Raises:
+        ConfigError: the config cannot be built, or needs more tensors than ``limit``.
+    """
+    try:
+        with _EmptyOnMeta(limit):
+            model = cls(config)
+    except RussetError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{cls.__name__} cannot be built from this config: {error}") from error
     return model.eval()
 
 

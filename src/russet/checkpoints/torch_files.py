@@ -182,7 +182,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 
 def _from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
     """What a tensor with attributes is rebuilt by; the attributes are dropped."""
-    if function is not _tensor and function is not _first:
+    if function not in (_tensor, _first) or len(arguments) > pickles.ARGUMENT_LIMIT:
         raise ValueError("a tensor rebuilt by what rebuilds none")
     return function(*arguments)
 

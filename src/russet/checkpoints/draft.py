@@ -1,0 +1,67 @@
+"""One component, read in two steps: everything that can fail early, then the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from russet.checkpoints import fill, folder, old_configs, old_keys
+from russet.checkpoints.classes import Entry
+from russet.checkpoints.json_files import read_json
+from russet.checkpoints.options import Options
+from russet.checkpoints.stored import Source
+from russet.checkpoints.weight_names import Choice
+
+SPARE_TENSORS = 64  # that a model may have beyond those in its file, so that the error can list what is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A component whose weights are not read yet: the component itself, and what a model is to be filled with."""
+
+    component: Any
+    where: str
+    choice: Choice | None = None
+    sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, target: type[Any], entry: Entry, place: Path, options: Options, *, repair: bool = False) -> Draft:
+        """Makes a component out of its folder; of a model's weights the headers only.
+
+        Args:
+            target: the class to make; ``entry`` is that of its family.
+            place: the component's folder.
+            repair: whether known faults of old configs are put right.
+
+        Raises:
+            ConfigError: the config cannot be built, or is that of another class.
+            CheckpointError: files are missing, damaged or unsafe, or do not fit the config.
+        """
+        if entry.kind in ("tokenizer", "processor"):
+            return cls(target.from_files(place), str(place))
+        where = str(place / entry.config_file)
+        data = read_json(place / entry.config_file)
+        if entry.kind == "model":
+            folder.check_class(entry, data, where)
+        config = target.config_class.from_dict(data, where)
+        if repair:
+            config = old_configs.repaired(config, where)
+        if entry.kind == "scheduler":
+            return cls(target(config), str(place))
+        choice = folder.find_weights(place, entry, options.variant, options.use_safetensors)
+        weights = folder.open_component(place, choice)
+        model = fill.build(target, config, limit=len(weights.tensors) + SPARE_TENSORS)
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        sources = old_keys.renewed(weights.tensors, wanted)
+        fill.check(model, {name: source.shape for name, source in sources.items()}, weights.where)
+        return cls(model, str(place), choice, sources)
+
+    def make(self, dtype: torch.dtype) -> Any:
+        """The component, complete: a model on the CPU in ``dtype``."""
+        if self.sources:
+            fill.fill(self.component, self.sources, self.where, dtype=dtype)
+        return self.component

@@ -1,0 +1,148 @@
+"""The door to checkpoints: a pipeline's components, or one component, from wherever they are.
+
+Everything that can be known without the weights is checked first: the index, the classes, every config, the headers of
+every weight file, and that names and shapes fit. Only then is the first byte of a weight read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import torch
+
+from russet.checkpoints import folder, old_configs
+from russet.checkpoints.classes import COMPONENTS, entry_of
+from russet.checkpoints.draft import Draft
+from russet.checkpoints.locate import locate
+from russet.checkpoints.options import Options, Precision, precision_of, read_dtype
+from russet.errors import ArgumentTypeError, MissingFile, UnsafeFile, UnsupportedArgument
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A pipeline's parts: ``components`` by name, None for those that it does without; ``index`` as it was read."""
+
+    class_name: str
+    components: Mapping[str, Any]
+    index: Mapping[str, Any]
+    source: str
+
+
+def pipeline(
+    source: str | os.PathLike[str],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    dtype: Precision = None,
+    options: Options | None = None,
+) -> Loaded:
+    """Loads all components of a pipeline, on the CPU.
+
+    Args:
+        source: "mini", a folder in Diffusers form, or a Hub id.
+        overrides: components to use as they are, instead of the checkpoint's; None leaves one out.
+        dtype: of the weights of all models, or of each by its component's name ("default" for the others); None is
+            float32.
+        options: how to find the files.
+
+    Raises:
+        InputError: an argument has a wrong value, or an override names no component.
+        CheckpointError: the checkpoint is missing, damaged, unsafe, or does not fit its configs.
+        ConfigError: a config cannot be built, or names a class that Russet does not have.
+    """
+    overrides, options = dict(overrides or {}), options or Options()
+    place = locate(source)
+    if isinstance(place, str):
+        from russet.checkpoints import hub
+
+        place = hub.fetch_pipeline(place, options, skipped=overrides)
+    index = folder.read_index(place)
+    _check_overrides(overrides, index.parts)
+    started = time.perf_counter()
+    repair = old_configs.repairs_apply(index.class_name)
+    drafts = {
+        part: Draft.read(entry.load(), entry, place / part, options, repair=repair)
+        for part, entry in index.entries(skipped=overrides).items()
+    }
+    choices = {part: draft.choice for part, draft in drafts.items() if draft.choice is not None}
+    folder.check_variant(choices, options.variant, place)
+    made = {part: draft.make(precision_of(dtype, part)) for part, draft in drafts.items()}
+    log.info("%s: loaded %s in %.2f s", source, ", ".join(made), time.perf_counter() - started)
+    components = {part: made.get(part) for part in index.parts} | overrides
+    return Loaded(index.class_name, components, index.raw, os.fspath(source))
+
+
+def component(
+    cls: type[T],
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
+) -> T:
+    """Loads one component, on the CPU.
+
+    Args:
+        cls: its class: a model, a scheduler, ``CLIPTokenizer`` or ``CLIPImageProcessor``.
+        source: a folder or a Hub id.
+        subfolder: where in it the component lies, for example "vae" in a pipeline's folder.
+        torch_dtype, dtype: of a model's weights; None is float32.
+        options: the fields of ``Options``.
+
+    Raises:
+        InputError: an argument has a wrong value or is unknown.
+        CheckpointError: the files are missing, damaged, unsafe, or do not fit the config.
+        ConfigError: the config cannot be built, or belongs to another class.
+    """
+    entry = entry_of(cls)
+    wanted = Options.of(options)
+    precision = read_dtype(torch_dtype=torch_dtype, dtype=dtype)
+    inner = _inner(subfolder)
+    place = locate(source)
+    if isinstance(place, str):
+        from russet.checkpoints import hub
+
+        place = hub.fetch_component(place, entry, wanted, inner)
+    place = place / inner
+    if not place.is_dir():
+        raise MissingFile(f"there is no folder {place}")
+    if not (place / entry.config_file).is_file() and (place / folder.INDEX).is_file():
+        raise MissingFile(f"{place} is a whole pipeline; pass subfolder= to say which part of it is the {cls.__name__}")
+    draft = Draft.read(cls, entry, place, wanted)
+    if draft.choice is not None:
+        folder.check_variant({"": draft.choice}, wanted.variant, place)
+    made: T = draft.make(precision_of(precision, ""))
+    return made
+
+
+def _check_overrides(overrides: Mapping[str, Any], parts: Collection[str]) -> None:
+    known = sorted({*parts, *COMPONENTS})
+    if unknown := sorted(set(overrides) - set(known)):
+        raise UnsupportedArgument(
+            f"{', '.join(unknown)}: no such argument or component; components are {', '.join(known)}"
+        )
+
+
+def _inner(subfolder: str | None) -> str:
+    """A subfolder, checked to be one: "" for the folder itself."""
+    if subfolder is None:
+        return ""
+    if not isinstance(subfolder, str):
+        raise ArgumentTypeError(f"subfolder must be a text, not {type(subfolder).__name__}")
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts or "\\" in subfolder or "\0" in subfolder:
+        raise UnsafeFile(f"subfolder {subfolder!r} leads out of the checkpoint")
+    return "" if str(path) == "." else str(path)
+
+
+__all__ = ["Loaded", "Options", "component", "pipeline", "read_dtype"]

@@ -1,0 +1,120 @@
+"""How a caller wants a checkpoint found and read: checked before anything is looked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+Precision = torch.dtype | Mapping[str, torch.dtype] | None  # one for all models, or by component; None is float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Which files to take, and how to reach the Hub.
+
+    Args:
+        variant: take ``….VARIANT.…`` files where there are such, "fp16" or "non_ema" for example.
+        revision: a branch, tag or commit of the Hub repository.
+        cache_dir: where downloads are kept; None is huggingface_hub's cache.
+        local_files_only: never ask the Hub.
+        token: of a Hub account; None or True is the one that ``hf auth login`` stored, False is none.
+        force_download: fetch again what is in the cache.
+        use_safetensors: True refuses pickles, False takes only pickles, None prefers safetensors.
+
+    Raises:
+        ArgumentTypeError, InputError: a value of a wrong type, or that cannot be.
+    """
+
+    variant: str | None = None
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+    force_download: bool = False
+    use_safetensors: bool | None = None
+
+    def __post_init__(self) -> None:
+        text_or_none = (str, type(None))
+        kinds: dict[str, tuple[type, ...]] = {
+            "variant": text_or_none,
+            "revision": text_or_none,
+            "cache_dir": (*text_or_none, os.PathLike),
+            "local_files_only": (bool,),
+            "token": (*text_or_none, bool),
+            "force_download": (bool,),
+            "use_safetensors": (bool, type(None)),
+        }
+        for name, allowed in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, allowed):
+                spelled = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise ArgumentTypeError(f"{name} must be {spelled}, not {type(value).__name__}")
+        if self.variant is not None and not (self.variant.isascii() and self.variant.replace("-", "_").isidentifier()):
+            raise InputError(f'variant must be a word such as "fp16", not {self.variant!r}')
+        if self.local_files_only and self.force_download:
+            raise InputError("local_files_only and force_download cannot both be True")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Options from keyword arguments.
+
+        Raises:
+            UnsupportedArgument: a name that is none of them.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(given) - set(names)):
+            raise UnsupportedArgument(
+                f"{', '.join(unknown)}: no such argument; there are subfolder, torch_dtype, dtype, {', '.join(names)}"
+            )
+        return cls(**given)
+
+
+def read_dtype(
+    *, torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
+) -> torch.dtype | None:
+    """The precision that a caller asked for under either name, as a ``torch.dtype`` or by name; None if under neither.
+
+    Raises:
+        ArgumentTypeError: neither a dtype nor a text.
+        InputError: no precision that models can be in, or two different ones.
+    """
+    given = [_one_dtype(value) for value in (torch_dtype, dtype) if value is not None]
+    if len(set(given)) > 1:
+        raise InputError(f"torch_dtype={given[0]} and dtype={given[1]} contradict each other; give one")
+    return given[0] if given else None
+
+
+def _one_dtype(value: torch.dtype | str) -> torch.dtype:
+    if isinstance(value, str):
+        found = DTYPES.get(value.removeprefix("torch."))
+    elif isinstance(value, torch.dtype):
+        found = value if value in DTYPES.values() else None
+    else:
+        raise ArgumentTypeError(f"a dtype must be a torch.dtype or its name, not {type(value).__name__}")
+    if found is None:
+        raise InputError(f"models cannot be in {value}; use torch.float32, torch.float16 or torch.bfloat16")
+    return found
+
+
+def precision_of(dtype: Precision, part: str) -> torch.dtype:
+    """The precision of one component."""
+    if isinstance(dtype, Mapping):
+        return dtype.get(part) or dtype.get("default") or torch.float32
+    return dtype or torch.float32
