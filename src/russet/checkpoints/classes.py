@@ -25,6 +25,7 @@ class Entry:
     library: Literal["diffusers", "transformers", "stable_diffusion"]
     module: str
     kind: Kind
+    model_type: str = ""  # in the config of a model of transformers
 
     def load(self) -> type[Any]:
         """The class itself."""
@@ -73,10 +74,10 @@ TABLE: dict[str, Entry] = {
     for entry in (
         Entry("UNet2DConditionModel", "diffusers", "models.unet", "model"),
         Entry("AutoencoderKL", "diffusers", "models.vae", "model"),
-        Entry("CLIPTextModel", "transformers", "models.clip_text", "model"),
-        Entry("CLIPTextModelWithProjection", "transformers", "models.clip_text", "model"),
-        Entry("CLIPVisionModelWithProjection", "transformers", "models.clip_vision", "model"),
-        Entry("StableDiffusionSafetyChecker", "stable_diffusion", "models.safety_checker", "model"),
+        Entry("CLIPTextModel", "transformers", "models.clip_text", "model", "clip_text_model"),
+        Entry("CLIPTextModelWithProjection", "transformers", "models.clip_text", "model", "clip_text_model"),
+        Entry("CLIPVisionModelWithProjection", "transformers", "models.clip_vision", "model", "clip_vision_model"),
+        Entry("StableDiffusionSafetyChecker", "stable_diffusion", "models.safety_checker", "model", "clip"),
         Entry("CLIPTokenizer", "transformers", "tokenizer", "tokenizer"),
         Entry("CLIPImageProcessor", "transformers", "image_processor", "processor"),
         *(Entry(name, "diffusers", "schedulers.named", "scheduler") for name in SCHEDULERS),
