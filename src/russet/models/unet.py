@@ -41,6 +41,7 @@ class UNet2DConditionModel(Model):
         first = config.block_out_channels[0]
         time = config.time_features
         self.act = ACTIVATIONS[config.act_fn]
+        self.text_features = config.text_features
         self.conv_in = nn.Conv2d(config.in_channels, first, config.conv_in_kernel, padding=config.conv_in_kernel // 2)
         self.time_embedding = Embedding(first, time, config.act_fn, config.time_cond_proj_dim)
         self.class_embedding = self._class_embedding(config)
@@ -117,8 +118,10 @@ class UNet2DConditionModel(Model):
         channels, size = self.config.in_channels, tuple(sample.shape)
         if len(size) != 4 or size[1] != channels or min(size) < 1:
             raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")
-        if context.ndim != 3 or context.shape[0] != size[0]:
-            raise InputError(f"encoder_hidden_states must have the shape [{size[0]}, N, D], not {list(context.shape)}")
+        features = self.text_features
+        if context.ndim != 3 or context.shape[0] != size[0] or features not in (None, context.shape[2]):
+            wanted = f"[{size[0]}, N, {features or 'any'}]"
+            raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")
 
     def _time(self, sample: Tensor, timestep: float | Tensor, condition: Tensor | None) -> Tensor:
         """The time embedding [B or 1, time]: one row where all pictures are at the same time."""

@@ -188,11 +188,13 @@ class UNetConfig(Config):
         for channels in self.block_out_channels:
             fits = channels % self.norm_num_groups == 0
             self.require(fits, f"{channels} channels cannot form norm_num_groups={self.norm_num_groups} equal groups")
-        for level in (*self.down_levels, *self.mid_levels, *self.up_levels):
-            if depths := [depth for depth in level.depths if depth is not None]:
-                self.require(min(depths) >= 0, f"transformer layers must not be negative, but are {depths}")
-                even = level.channels % level.heads == 0
-                self.require(even, f"{level.channels} channels cannot be shared equally by {level.heads} heads")
+        for level in self._levels_with_attention:
+            depths = [depth for depth in level.depths if depth is not None]
+            self.require(min(depths) >= 0, f"transformer layers must not be negative, but are {depths}")
+            even = level.channels % level.heads == 0
+            self.require(even, f"{level.channels} channels cannot be shared equally by {level.heads} heads")
+        contexts = {level.context for level in self._levels_with_attention}
+        self.require(len(contexts) <= 1, f"cross_attention_dim must be the same in all blocks: {sorted(contexts)}")
         for name in ("conv_in_kernel", "conv_out_kernel"):
             self.require(self[name] % 2 == 1, f"{name} must be odd, not {self[name]}")
         self.require(self.downsample_padding in (0, 1), f"downsample_padding must be 0 or 1: {self.downsample_padding}")
@@ -222,6 +224,11 @@ class UNetConfig(Config):
         return self.time_embedding_dim or self.block_out_channels[0] * 4
 
     @property
+    def text_features(self) -> int | None:
+        """Features of the text that the UNet attends to; None where it attends to none."""
+        return next((level.context for level in self._levels_with_attention), None)
+
+    @property
     def down_levels(self) -> tuple[Level, ...]:
         """The levels on the way down, from high resolution to low; a residual block per entry of ``depths``."""
         return self._levels(self.down_block_types, self.transformer_layers_per_block, extra=0)
@@ -242,6 +249,11 @@ class UNetConfig(Config):
         back = self.reverse_transformer_layers_per_block
         depths = self._per_block(self.transformer_layers_per_block)[::-1] if back is None else back
         return self._levels(self.up_block_types[::-1], depths[::-1], extra=1)[::-1]
+
+    @property
+    def _levels_with_attention(self) -> list[Level]:
+        levels = (*self.down_levels, *self.mid_levels, *self.up_levels)
+        return [level for level in levels if any(depth is not None for depth in level.depths)]
 
     def _levels(self, kinds: Sequence[str], depths: Any, extra: int) -> tuple[Level, ...]:
         """Levels from high resolution to low, each with ``extra`` residual blocks more than ``layers_per_block``."""
