@@ -66,7 +66,7 @@ def pipeline(
 
         place = hub.fetch_pipeline(place, options, skipped=overrides)
     index = folder.read_index(place)
-    _check_overrides(overrides, index.parts)
+    check_overrides(overrides, index.parts)
     started = time.perf_counter()
     repair = old_configs.repairs_apply(index.class_name)
     drafts = {
@@ -125,7 +125,8 @@ def component(
     return made
 
 
-def _check_overrides(overrides: Mapping[str, Any], parts: Collection[str]) -> None:
+def check_overrides(overrides: Mapping[str, Any], parts: Collection[str]) -> None:
+    """Raises UnsupportedArgument for a name that is neither a component of any pipeline nor one of ``parts``."""
     known = sorted({*parts, *COMPONENTS})
     if unknown := sorted(set(overrides) - set(known)):
         raise UnsupportedArgument(
