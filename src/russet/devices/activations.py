@@ -1,14 +1,17 @@
-"""Bytes that a network's activations take at their peak, its parameters not counted, by arithmetic over its shapes.
+"""Bytes that a network's activations take at their peak, its parameters not counted, by walking over its shapes.
 
-Each function says what is alive at once in the widest moment of one part. ``E`` below is bytes per number.
+A walk follows the networks of ``russet.models`` and notes what is alive at once at the moments that can be the widest.
+Maps and tokens are counted in bytes; ``x`` is always what a block was given, which its caller holds until it returns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from russet.devices.choices import AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
+
+TEXT = 77  # tokens of a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,103 +26,198 @@ class Attended:
 
     def scores(self, choice: AttentionChoice) -> int:
         """Numbers in the largest score tensor; 0 where none is built."""
-        matrices, queries, keys = self.batch * self.heads, self.queries, self.keys
+        matrices = self.batch * self.heads
         if choice.kind == "fused":
             return 0
         if choice.kind == "sliced":
-            return min(choice.rows or 1, matrices) * queries * keys
-        return matrices * min(choice.queries or queries, queries) * min(choice.keys or keys, keys)
+            return min(choice.rows or 1, matrices) * self.queries * self.keys
+        return matrices * min(choice.queries or self.queries, self.queries) * min(choice.keys or self.keys, self.keys)
 
     def scratch(self, choice: AttentionChoice, width: int) -> int:
-        """Bytes beside queries, keys, values and the result: scores and probabilities, or padded copies."""
+        """Bytes at the widest moment beside queries, keys and values: padded or float32 copies, scores, the result."""
+        numbers = self.batch * self.heads * self.dim
+        q, k = numbers * self.queries, numbers * self.keys
+        inner, copies = width, 0
+        if choice.upcast and width < 4:
+            inner, copies = 4, (q + 2 * k) * 4 + q * width
         padded = next((size for size in choice.pad if size >= self.dim), self.dim)
-        copies = (
-            self.batch * self.heads * (2 * self.queries + 2 * self.keys) * padded * width if padded > self.dim else 0
-        )
-        wide = 4 if choice.upcast or choice.kind == "chunked" else width
-        return copies + 2 * self.scores(choice) * wide
+        if padded > self.dim:
+            copies += (q + 2 * k) // self.dim * padded * inner
+            q = q // self.dim * padded
+        scores = self.scores(choice)
+        if choice.kind == "sliced":  # the scaled queries, scores and their softmax
+            scores = 2 * scores * inner + q * inner // 2
+        elif choice.kind == "chunked":  # scores, their difference from the maximum, the exponentials: in float32
+            queries = min(choice.queries or self.queries, self.queries)
+            sums = self.batch * self.heads * queries * (2 * padded * 4 + padded * inner)
+            scores = scores * (12 if inner == 4 else 14) + sums
+        return copies + q * inner + scores
+
+
+@dataclass
+class Walk:
+    """What is alive on the way through a network. ``width`` is bytes per number."""
+
+    rows: int
+    width: int
+    attention: AttentionChoice
+    held: int = 0
+    peak: int = 0
+
+    def moment(self, *sizes: int) -> None:
+        """Everything held and ``sizes`` are alive at once."""
+        self.peak = max(self.peak, self.held + sum(sizes))
+
+    def map(self, area: int, channels: int) -> int:
+        """Bytes of a map or of tokens with ``area`` positions in each row."""
+        return self.rows * area * channels * self.width
+
+    def resnet(self, x: int, out: int, held: bool = False) -> None:
+        """norm and convolution, twice; activations and sums work in place. ``held``: its input is counted elsewhere."""
+        beside = 0 if held else x
+        self.moment(beside, x, out)
+        self.moment(beside, out, out)
+
+    def transformer(self, area: int, channels: int, heads: int, depth: int) -> None:
+        """Normalised map, then blocks over its tokens ``t``; the tokens that entered a block live until it ends."""
+        t = self.map(area, channels)
+        self.moment(3 * t)
+        if depth:
+            own = Attended(batch=self.rows, heads=heads, queries=area, keys=area, dim=channels // heads)
+            text = replace(own, keys=TEXT)
+            self.moment(2 * t, 4 * t, own.scratch(self.attention, self.width))  # x, tokens; normed, q, k, v
+            self.moment(3 * t, 2 * t, text.scratch(self.attention, self.width))  # after attention; normed, q
+            self.moment(2 * t, 6 * t)  # … and the projected result
+            self.moment(2 * t, t, t, 8 * t, 4 * t)  # after attention; normed; the gated layer and its gate
+        self.moment(4 * t)
+
+    def upsample(self, x: int, channels: int, area: int) -> None:
+        self.moment(x, 2 * self.map(area, channels))
 
 
 def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
     """Peak of one UNet call on ``rows`` rows of latents ``(h, w)`` with ``width`` bytes a number."""
-    height, breadth = latents
-    held, peak, channels = 0, 0, u.channels[0]
-    skips = []
+    walk = Walk(rows, width, choice)
+    areas = [-(-latents[0] // (1 << n)) * -(-latents[1] // (1 << n)) for n in range(len(u.channels))]
+    walk.held = walk.map(areas[0], u.in_channels)
+    skips = way_down(walk, u, areas)
+    bottom = len(areas) - 1
+    x = skips[-1]
+    if u.middle is not None:
+        walk.resnet(x, x, held=True)  # the last of the maps
+        for depth in u.middle:
+            walk.held += x
+            if depth is not None:
+                walk.transformer(areas[bottom], u.channels[bottom], u.heads[bottom], depth)
+            walk.resnet(x, x)
+            walk.held -= x
+        walk.held += x
+    way_up(walk, u, areas, skips, x if u.middle is not None else 0)
+    return walk.peak
 
-    def area(level: int) -> int:
-        return rows * -(-height // (1 << level)) * -(-breadth // (1 << level))
 
-    def block(level: int, entering: int, leaving: int, depth: int) -> int:
-        tokens = area(level)
-        inner = resnet_peak(tokens, entering, leaving) * width
-        if depth:
-            inner = max(inner, transformer_peak(u, rows, tokens, leaving, u.heads[level], width, choice))
-        return tokens * entering * width + inner
+def way_down(walk: Walk, u: UNetSizes, areas: list[int]) -> list[int]:
+    """The maps kept on the way down, all held at its end."""
+    skips = [walk.map(areas[0], u.channels[0])]
+    walk.held += skips[0]
+    for level, channels in enumerate(u.channels):
+        out = walk.map(areas[level], channels)
+        for depth in u.down[level]:
+            walk.resnet(skips[-1], out, held=True)
+            if depth is not None:
+                walk.transformer(areas[level], channels, u.heads[level], depth)
+            walk.held += out
+            skips.append(out)
+        if level < len(areas) - 1:
+            skips.append(walk.map(areas[level + 1], channels))
+            walk.held += skips[-1]
+    return skips
 
-    def skip(level: int, numbers: int) -> None:
-        nonlocal held
-        held += area(level) * numbers * width
-        skips.append((level, numbers))
 
-    skip(0, channels)
-    for level, out in enumerate(u.channels):
-        for _ in range(u.layers[level]):
-            peak = max(peak, held + block(level, channels, out, u.depth[level]))
-            channels = out
-            skip(level, out)
-        if level < len(u.channels) - 1:
-            skip(level + 1, out)
-    bottom = len(u.channels) - 1
-    peak = max(peak, held + block(bottom, channels, channels, u.mid_depth))
-    for level in reversed(range(len(u.channels))):
-        out = u.channels[level]
-        for _ in range(u.layers[level] + 1):
-            place, numbers = skips.pop()
-            peak = max(
-                peak, held + area(level) * channels * width + block(level, channels + numbers, out, u.up_depth[level])
-            )
-            held -= area(place) * numbers * width
-            channels = out
+def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int) -> None:
+    """Each level's input, ``x``, lives until the level ends; each residual block sees one more of the maps."""
+    entering = x
+    for level in reversed(range(len(areas))):
+        channels = u.channels[level]
+        out = walk.map(areas[level], channels)
+        for place, depth in enumerate(u.up[level]):
+            current = x if place else 0  # at first it is the level's input, which is held already
+            skip = skips.pop()
+            joined = (x or skip) + skip
+            walk.moment(current, joined)
+            walk.held -= skip
+            walk.held += current
+            walk.resnet(joined, out)
+            walk.held -= current
+            if depth is not None:
+                walk.transformer(areas[level], channels, u.heads[level], depth)
+            x = out
         if level:
-            peak = max(peak, held + (2 * area(level - 1) + area(level)) * out * width)
-    return peak
+            walk.upsample(x, channels, areas[level - 1])
+            x = walk.map(areas[level - 1], channels)
+        walk.held += x - entering
+        entering = x
+    walk.moment(x)
 
 
-def resnet_peak(area: int, entering: int, leaving: int) -> int:
-    """Numbers alive in a residual block beside its input."""
-    return area * max(2 * entering, entering + leaving, 3 * leaving)
-
-
-def transformer_peak(
-    u: UNetSizes, rows: int, tokens: int, channels: int, heads: int, width: int, choice: AttentionChoice
-) -> int:
-    """Bytes alive in a spatial transformer beside its input: the wider of self-attention and gated MLP."""
-    count = tokens // rows
-    attended = Attended(batch=rows, heads=heads, queries=count, keys=count, dim=channels // heads)
-    attention = 6 * tokens * channels * width + attended.scratch(choice, width)
-    mlp = (2 + 8 + 4 + 4) * tokens * channels * width
-    return max(attention, mlp)
-
-
-def vae_peak(v: VAESizes, images: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
-    """Peak of decoding (encoding is its mirror) ``images`` latents at once."""
-    area = images * latents[0] * latents[1]
-    last = v.channels[-1]
-    attended = Attended(batch=images, heads=1, queries=area // images, keys=area // images, dim=last)
-    peak = 6 * area * last * width + attended.scratch(choice, width)
-    entering = last
+def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
+    """Peak of decoding ``rows`` rows of latents ``(h, w)`` at once: mostly the last change of resolution."""
+    walk = Walk(rows, width, choice)
+    area = latents[0] * latents[1]
+    x = walk.map(area, v.channels[-1])
+    walk.held = walk.map(area, v.latent) + x
+    middle(walk, v, area)
+    walk.held -= x
     for level in reversed(range(len(v.channels))):
-        out = v.channels[level]
-        peak = max(peak, (area * entering + resnet_peak(area, entering, out)) * width)
-        entering = out
+        out = walk.map(area, v.channels[level])
+        walk.held += x  # a level's input lives until the level ends
+        walk.resnet(x, out, held=True)
+        walk.resnet(out, out)
+        walk.held -= x
         if level:
-            area *= 4
-            peak = max(peak, (2 * area + area // 4) * out * width)
-    return peak
+            walk.moment(x, out, 8 * out)
+            x, area = 4 * out, 4 * area
+    return walk.peak
 
 
-def tower_peak(t: TransformerSizes, batch: int, width: int) -> int:
-    """Peak of a CLIP tower on ``batch`` sequences, all hidden states kept."""
-    tokens = batch * t.tokens
-    scores = 2 * batch * t.heads * t.tokens**2 * 4
-    return tokens * width * (t.width * (t.layers + 6) + 2 * t.hidden) + scores
+def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
+    """Peak of encoding pictures of ``rows`` rows of latents ``(h, w)`` at once: mostly its first level."""
+    walk = Walk(rows, width, choice)
+    area = latents[0] * latents[1] * v.factor**2
+    walk.held = walk.map(area, 3)
+    x = walk.map(area, v.channels[0])
+    for level, channels in enumerate(v.channels):
+        out = walk.map(area, channels)
+        walk.held += x
+        walk.resnet(x, out, held=True)
+        if v.layers > 1:
+            walk.resnet(out, out)
+        walk.held -= x
+        if level < len(v.channels) - 1:
+            walk.moment(x, 2 * out, out // 4)  # padded by a row and a column first
+            x, area = out // 4, area // 4
+        else:
+            x = out
+    walk.held += x
+    middle(walk, v, area)
+    return walk.peak
+
+
+def middle(walk: Walk, v: VAESizes, area: int) -> None:
+    """A residual block, one head of attention, a residual block, beside their input, which is held already."""
+    x = walk.map(area, v.channels[-1])
+    call = Attended(batch=walk.rows, heads=1, queries=area, keys=area, dim=v.channels[-1])
+    walk.moment(5 * x, call.scratch(walk.attention, walk.width))  # x; normed, q, k, v
+    walk.moment(7 * x)  # … the result, and the same projected
+    walk.resnet(x, x)
+
+
+def tower_peak(t: TransformerSizes, rows: int, width: int, choice: AttentionChoice) -> int:
+    """Peak of a CLIP tower on ``rows`` sequences: all layers' outputs are kept, and the last one's work beside them."""
+    walk = Walk(rows, width, choice)
+    x = walk.map(t.tokens, t.width)
+    walk.held = (t.layers + 1) * x
+    call = Attended(batch=rows, heads=t.heads, queries=t.tokens, keys=t.tokens, dim=t.width // t.heads)
+    walk.moment(4 * x, call.scratch(choice, width))
+    walk.moment(x, 3 * walk.map(t.tokens, t.hidden))
+    return walk.peak

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from russet.devices.activations import Attended
 from russet.devices.bugs import affected
-from russet.devices.choices import AttentionChoice, gigabytes
+from russet.devices.choices import AttentionChoice
+from russet.devices.decisions import gigabytes
 from russet.devices.facts import Facts
 from russet.errors import InputError
 
 FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on
 SHORT = 2**30  # bytes of scores at a time even where memory is plenty: long command buffers meet the GPU's watchdog
 LONGEST_CONTRACTION = 16384  # keys at a time on chips whose long products are wrong
+LEAST_ROOM = 2**27  # bytes for scores, whatever is free: smaller pieces would be slow
+WHOLE = AttentionChoice(kind="chunked")
 CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)
 
 
@@ -35,30 +38,35 @@ class Caps:
         return numbers <= self.numbers and numbers * width <= self.bytes
 
 
-def choose_attention(facts: Facts, dtype: str, calls: Sequence[Attended], room: int) -> tuple[AttentionChoice, str]:
-    """The attention for a network that makes these calls, with ``room`` bytes for scores, and the reason for it."""
-    dims = {call.dim for call in calls}
-    reason = why_not_fused(facts, dtype, dims)
+def choose_attention(
+    facts: Facts, dtype: str, calls: Sequence[Attended], room: int, overflows: bool = False
+) -> tuple[AttentionChoice, str]:
+    """The attention for a network that makes these calls, with ``room`` bytes for scores, and the reason for it.
+
+    ``overflows``: the network's scores are known to be too large for float16.
+    """
+    reason = why_not_fused(facts, dtype, {call.dim for call in calls}) if calls else None
     if reason is None:
-        pad = padding(facts, dims)
-        padded = "; padding with zeros is exact" if pad else ""
-        return AttentionChoice(pad=pad), f"torch's fused kernels build no score matrix{padded}"
-    upcast = dtype == "float16" and affected(facts, "half-scores") is not None
-    limit = min(room // 2, SHORT, Caps.of(facts).bytes)
-    choice = AttentionChoice(kind="chunked", queries=CHUNKS[-1], keys=CHUNKS[-1], upcast=upcast)
+        pad = padding(facts, {call.dim for call in calls})
+        exact = "; padding with zeros is exact" if pad else ""
+        return AttentionChoice(pad=pad), f"torch's fused kernels build no score matrix{exact}"
+    choice = chunks(facts, calls, min(room // 3, SHORT, Caps.of(facts).bytes))
+    whole, part = (max(call.scores(one) for call in calls) * 4 for one in (WHOLE, choice))
+    if part == whole:
+        reason = f"{reason}; its scores fit in one piece"
+    else:
+        reason = f"{reason}; scores take {gigabytes(part)} at a time instead of {gigabytes(whole)}"
+    return with_upcast(facts, dtype, overflows, choice, reason)
+
+
+def chunks(facts: Facts, calls: Sequence[Attended], limit: int) -> AttentionChoice:
+    """The largest pieces whose float32 scores stay within ``limit`` bytes in every call."""
     for keys in key_chunks(facts, calls):
         for queries in CHUNKS:
-            wider = AttentionChoice(kind="chunked", queries=queries, keys=keys, upcast=upcast)
-            if all(call.scores(wider) * 4 <= limit for call in calls):
-                return wider, chunk_reason(reason, wider, calls)
-    return choice, chunk_reason(reason, choice, calls)
-
-
-def chunk_reason(reason: str, choice: AttentionChoice, calls: Sequence[Attended]) -> str:
-    whole = max(call.batch * call.heads * call.queries * call.keys for call in calls) * 4
-    part = max(call.scores(choice) for call in calls) * 4
-    exact = "; float16 scores are unreliable on this macOS" if choice.upcast else ""
-    return f"{reason}; scores take {gigabytes(part)} at a time instead of {gigabytes(whole)}{exact}"
+            choice = AttentionChoice(kind="chunked", queries=queries, keys=keys)
+            if all(call.scores(choice) * 4 <= limit for call in calls):
+                return choice
+    return AttentionChoice(kind="chunked", queries=CHUNKS[-1], keys=CHUNKS[-1])
 
 
 def key_chunks(facts: Facts, calls: Sequence[Attended]) -> tuple[int | None, ...]:
@@ -69,11 +77,21 @@ def key_chunks(facts: Facts, calls: Sequence[Attended]) -> tuple[int | None, ...
     return (None, *CHUNKS)
 
 
+def with_upcast(
+    facts: Facts, dtype: str, overflows: bool, choice: AttentionChoice, reason: str
+) -> tuple[AttentionChoice, str]:
+    """The same in float32 where float16 scores cannot be trusted."""
+    if dtype != "float16" or not (overflows or affected(facts, "half-scores")):
+        return choice, reason
+    why = "this network's scores overflow float16" if overflows else "float16 scores are unreliable on this macOS"
+    return replace(choice, upcast=True), f"{reason}; {why}"
+
+
 def why_not_fused(facts: Facts, dtype: str, dims: set[int]) -> str | None:
     """Why fused attention would build the whole score matrix here, in words; None where it does not."""
     if facts.device == "mps":
         if bug := affected(facts, "no-sdpa") or affected(facts, "no-flash"):
-            return f"before torch 2.13, {bug.what}"
+            return f"in this torch {bug.what}"
         if dtype == "float32":
             return "the flash kernels of mps are for half precision"
         if max(dims) > FLASH_HEADS[-1]:
@@ -84,6 +102,13 @@ def why_not_fused(facts: Facts, dtype: str, dims: set[int]) -> str | None:
     return None
 
 
+def precise_attention(facts: Facts, calls: Sequence[Attended], choice: AttentionChoice) -> AttentionChoice:
+    """A choice with float32 scores, to go on with after half precision has overflowed."""
+    if choice.kind == "fused" and facts.device == "mps":  # its flash kernels are for half precision
+        choice = chunks(facts, calls, LEAST_ROOM // 3)
+    return replace(choice, upcast=True)
+
+
 def padding(facts: Facts, dims: set[int]) -> tuple[int, ...]:
     """The kernels' head sizes that these heads go to; empty where each has a kernel of its own."""
     if not affected(facts, "flash-head-sizes"):
@@ -92,27 +117,23 @@ def padding(facts: Facts, dims: set[int]) -> tuple[int, ...]:
     return tuple(targets) if set(targets) != dims else ()
 
 
-def asked_attention(
-    facts: Facts, dtype: str, calls: Sequence[Attended], asked: str | int
+def slicing_asked(
+    facts: Facts, dtype: str, calls: Sequence[Attended], asked: str | int, overflows: bool = False
 ) -> tuple[AttentionChoice, str]:
     """What ``enable_attention_slicing`` or ``disable_attention_slicing`` asked for.
 
     Raises:
         InputError: a slice size larger than the number of heads.
     """
-    upcast = dtype == "float16" and affected(facts, "half-scores") is not None
+    widest = max(calls, key=lambda call: call.queries)
     if asked == "off":
         if why_not_fused(facts, dtype, {call.dim for call in calls}) is None:
-            return choose_attention(facts, dtype, calls, 0)[
-                0
-            ], "slicing is off; the fused kernels build no score matrix"
-        every = max(call.batch * call.heads for call in calls)
-        return AttentionChoice(
-            kind="sliced", rows=every, upcast=upcast
-        ), "slicing is off; the whole score matrix is built"
-    fewest = min(call.heads for call in calls)
-    if isinstance(asked, int) and asked > fewest:
-        raise InputError(f"the attention slice size must be at most the number of heads, {fewest}, not {asked}")
-    widest = max(calls, key=lambda call: call.queries)
-    rows = {"auto": max(1, widest.heads // 2), "max": 1}.get(asked, asked) if isinstance(asked, str) else asked
-    return AttentionChoice(kind="sliced", rows=int(rows), upcast=upcast), "attention slicing is on"
+            return choose_attention(facts, dtype, calls, 0)[0], "slicing is off; fused kernels build no score matrix"
+        rows, reason = max(call.batch * call.heads for call in calls), "slicing is off: the whole score matrix at once"
+    elif asked == "auto":
+        rows, reason = max(1, widest.heads // 2), "half of the heads at a time"
+    else:
+        rows, reason = (1 if asked == "max" else int(asked)), "as many heads at a time as were asked for"
+        if rows > (fewest := min(call.heads for call in calls)):
+            raise InputError(f"the attention slice size must be at most the number of heads, {fewest}, not {asked}")
+    return with_upcast(facts, dtype, overflows, AttentionChoice(kind="sliced", rows=rows), reason)

@@ -64,7 +64,7 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "no-sdpa",
-        "torch has no scaled_dot_product_attention",
+        "there is no scaled_dot_product_attention",
         "there is no fused attention",
         "attention in chunks of queries",
         "https://pytorch.org/docs/2.0/generated/torch.nn.functional.scaled_dot_product_attention.html",

@@ -1,11 +1,10 @@
-"""The words of a plan: what is asked for, what is decided, and why. Plain data; nothing here decides.
+"""The words of a plan: what can be asked for, and what can be decided. Plain data; nothing here decides.
 
-What a pipeline does with each decision is said once, in ``MEANING`` below.
+What a pipeline does with each decision is said once, in ``MEANING``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,10 +30,12 @@ MEANING: Mapping[str, str] = {
     "micro_batch": "how many images the UNet sees in one call (with guidance it sees twice as many rows)",
     "vae_batch": "how many images the VAE decodes or encodes in one call",
     "vae_tile": "Tile to decode and encode by, or None for the whole picture at once",
-    "text_encoder": "'device': stays there; 'cpu': encodes on the CPU; 'freed': its weights are dropped once the prompt"
-    " is encoded, and read from the checkpoint again for the next prompt",
-    "offload": "None; 'model': a component is on the device only while it works; 'sequential': a layer only while it"
-    " does. Idle weights are on the CPU for cuda; where CPU and device share memory they are dropped and reread",
+    "text_encoder": "'device': it is there all the time; 'cpu': it encodes on the CPU and stays there; 'freed': its"
+    " weights are dropped once the prompt is encoded, and read from the checkpoint again for the next prompt",
+    "offload": "None: all components are on the device; 'model': each is there only while it works; 'sequential': each"
+    " layer only while it works",
+    "idle_weights": "where weights are that are not on the device: 'cpu'; 'dropped' (deleted, and read from the"
+    " checkpoint again when needed); 'kept': in the memory that CPU and device share; moving them frees nothing",
     "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO (Plan.environment) before mps is first used;"
     " None: leave them",
     "bucket": "sizes that the caller leaves open are rounded to multiples of this many pixels; given sizes are obeyed",
@@ -82,17 +83,8 @@ class Tile:
         return f"{self.size * 8}×{self.size * 8} pixels, {self.overlap * 8} shared"
 
 
-@dataclass(frozen=True)
-class Decision:
-    """One decision: ``value`` as ``MEANING[name]`` says, ``reason`` in words, ``by`` ``"plan"`` or ``"user"``."""
-
-    name: str
-    value: Any
-    reason: str
-    by: Literal["plan", "user"] = "plan"
-
-    def __str__(self) -> str:
-        return f"{self.name}: {spelled(self.value)} ({'as you asked; ' if self.by == 'user' else ''}{self.reason})"
+TILE = Tile(size=64, overlap=16)
+SMALL_TILE = Tile(size=32, overlap=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +94,9 @@ class Request:
     ``dtype`` is one name for all components, or a mapping of component to name. ``attention_slicing`` is what
     ``enable_attention_slicing`` takes: ``"auto"`` (half of the heads at a time), ``"max"`` (one at a time), or a number
     of heads; ``"off"`` is ``disable_attention_slicing``: the whole score matrix, where the plan would have split it.
-    ``vae_tiling`` and ``vae_slicing`` are True or False. ``offload`` is ``"model"``, ``"sequential"`` or ``"off"``.
-    ``rereadable`` is no wish but a fact: whether weights that are dropped can be read from a checkpoint again.
+    ``vae_tiling`` True is in tiles, False never; ``vae_slicing`` True is one image at a time. ``offload`` is
+    ``"model"``, ``"sequential"`` or ``"off"``. ``rereadable`` is no wish but a fact: whether the pipeline can drop
+    weights and read them from their checkpoint again, the one way to free memory that CPU and device share.
 
     Raises:
         InputError: a value outside of what is listed here.
@@ -117,7 +110,7 @@ class Request:
     text_encoder: str | None = None
     micro_batch: int | None = None
     memory_format: str | None = None
-    rereadable: bool = True
+    rereadable: bool = False
     user: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,8 +137,8 @@ class Request:
                 found[name] = getattr(self, name)
         if self.offload is not None:
             found["offload"] = None if self.offload == "off" else self.offload
-        if self.vae_tiling is False:
-            found["vae_tile"] = None
+        if self.vae_tiling is not None:
+            found["vae_tile"] = TILE if self.vae_tiling else None
         if self.vae_slicing:
             found["vae_batch"] = 1
         return found
@@ -167,15 +160,3 @@ def check_count(name: str, value: Any, otherwise: str = "") -> None:
         raise ArgumentTypeError(f"{name} must be a whole number{otherwise}, not {value!r}")
     if value < 1:
         raise InputError(f"{name} must be at least 1{otherwise}, not {value}")
-
-
-def spelled(value: Any) -> str:
-    """A decision's value as a person reads it."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "yes", False: "no"}[value]
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as a person reads them: ``"2.87 GB"`` (10⁹ bytes), rounded upward."""
-    return f"{math.ceil(size / 1e7) / 100:.2f} GB"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Version = tuple[int, ...]
 
 GIB = 2**30
+PYTHON_AND_TORCH = 400 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class Facts:
     """One device and the machine around it. Sizes are bytes; a version is a tuple, empty where it does not apply.
 
     ``memory`` is what the device has in all: the unified memory of a Mac, a GPU's own, a computer's RAM. ``available``
-    is what of it can be taken now without pushing others out; ``held`` is what this process's allocator on the device
-    already holds (weights that were moved there, cached blocks), which a plan may use again. On ``mps`` the
+    is what of it can be taken now without pushing others out; ``held`` is what this process has taken of it already
+    (weights, cached blocks), which a plan may use again. On ``mps`` the
     ``working_set`` is Metal's recommended limit for the GPU, and ``largest_buffer`` what one tensor may take.
     """
 
@@ -79,10 +80,9 @@ class Facts:
     @property
     def budget(self) -> int:
         """Bytes that the work should stay within: free now, or held already, less a margin for what is not counted."""
-        free = self.available + self.held
-        if self.device == "mps":
-            return min(free, self.limit)
-        return int(free * 0.92)  # library workspaces and fragmentation are not in the estimates
+        margin = 0.8 if self.device == "mps" else 0.92  # a Mac's other programs want more now and then
+        free = int((self.available + self.held) * margin)
+        return min(free, self.limit) if self.device == "mps" else free
 
 
 def parse_version(text: str) -> Version:
@@ -182,7 +182,7 @@ def read_facts(device: str | torch.device | None = None) -> Facts:
     kind, _, index = name.partition(":")
     common = machine_facts()
     if kind == "cpu":
-        return Facts(device="cpu", chip=cpu_name(), bf16=cpu_bf16(), **common)
+        return Facts(device="cpu", chip=cpu_name(), bf16=cpu_bf16(), held=process_memory(), **common)
     if kind == "mps":
         return mps_facts(common)
     if kind == "cuda":
@@ -227,11 +227,12 @@ def mps_facts(common: dict[str, Any]) -> Facts:
     mps = getattr(torch, "mps", None)
     ask_limit = getattr(mps, "recommended_max_memory", None)
     ask_held = getattr(mps, "driver_allocated_memory", None)
+    driver = int(ask_held()) if ask_held else 0
     working_set = int(ask_limit()) if ask_limit else apple_working_set(memory)
     return Facts(
         device="mps",
         chip=sysctl("machdep.cpu.brand_string") or "Apple GPU",
-        held=int(ask_held()) if ask_held else 0,
+        held=max(driver, process_memory()),  # weights are on one side or the other of the same memory
         working_set=working_set,
         largest_buffer=apple_largest_buffer(working_set),
         bf16=apple_bf16(common["torch"], common["macos"]),
@@ -267,6 +268,13 @@ def cuda_facts(common: dict[str, Any], index: int) -> Facts:
         bf16=card.major >= 8,
         **{**common, "memory": total, "available": free, "cores": card.multi_processor_count},
     )
+
+
+def process_memory() -> int:
+    """Bytes of memory that this process holds beyond what Python and torch take by themselves: weights, mostly."""
+    import psutil
+
+    return max(0, int(psutil.Process().memory_info().rss) - PYTHON_AND_TORCH)
 
 
 def sysctl(name: str) -> str:

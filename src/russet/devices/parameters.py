@@ -18,6 +18,17 @@ def counts(sizes: Sizes) -> Mapping[str, int]:
     }
 
 
+def largest_layers(sizes: Sizes) -> Mapping[str, int]:
+    """Parameters of the largest single layer of each component."""
+    bottom, widest = sizes.unet.channels[-1], max(sizes.vae.channels)
+    return {
+        "text_encoder": max((tower.vocabulary * tower.width for tower in sizes.text), default=0),
+        "unet": conv(2 * bottom, bottom),
+        "vae": conv(widest, widest),
+        "safety_checker": linear(sizes.vision.width, sizes.vision.hidden) if sizes.vision else 0,
+    }
+
+
 def linear(width: int, out: int, bias: bool = True) -> int:
     return width * out + (out if bias else 0)
 
@@ -45,30 +56,32 @@ def spatial_transformer(width: int, depth: int, context: int) -> int:
 
 
 def unet(u: UNetSizes) -> int:
-    first, last, levels = u.channels[0], u.channels[-1], len(u.channels)
-    time = 4 * first
-    embeddings = linear(first, time) + linear(time, time)
-    embeddings += linear(u.added, time) + linear(time, time) if u.added else 0
-    total = embeddings + conv(u.in_channels, first) + norm(first) + conv(first, u.out_channels)
-    if u.mid_depth:
-        total += 2 * resnet(last, last, time) + spatial_transformer(last, u.mid_depth, u.context)
-    skips, width = [first], first
+    base, last, levels = u.channels[0], u.channels[-1], len(u.channels)
+    time = 4 * base
+    total = (
+        linear(base, time) + linear(time, time) + conv(u.in_channels, base) + norm(base) + conv(base, u.out_channels)
+    )
+    total += linear(u.added, time) + linear(time, time) if u.added else 0
+
+    def block(level: int, width: int, out: int, depth: int | None) -> int:
+        attention = 0 if depth is None else spatial_transformer(out, depth, u.context[level])
+        return resnet(width, out, time) + attention
+
+    if u.middle is not None:
+        total += resnet(last, last, time) + sum(block(levels - 1, last, last, depth) for depth in u.middle)
+    skips, width = [base], base
     for level, out in enumerate(u.channels):
-        for _ in range(u.layers[level]):
-            total += resnet(width, out, time) + (
-                spatial_transformer(out, u.depth[level], u.context) if u.depth[level] else 0
-            )
+        for depth in u.down[level]:
+            total += block(level, width, out, depth)
             width = out
             skips.append(out)
         if level < levels - 1:
             total += conv(out, out)
             skips.append(out)
     for level in reversed(range(levels)):
-        out, depth = u.channels[level], u.up_depth[level]
-        for _ in range(u.layers[level] + 1):
-            total += resnet(width + skips.pop(), out, time) + (
-                spatial_transformer(out, depth, u.context) if depth else 0
-            )
+        out = u.channels[level]
+        for depth in u.up[level]:
+            total += block(level, width + skips.pop(), out, depth)
             width = out
         total += conv(out, out) if level else 0
     return total

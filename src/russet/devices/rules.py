@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from russet.devices.bugs import affected
-from russet.devices.choices import COMPONENTS, Decision, Request
+from russet.devices.choices import COMPONENTS, Request
+from russet.devices.decisions import Decision, settled
 from russet.devices.facts import Facts
 from russet.devices.sizes import Sizes
 
@@ -15,13 +16,10 @@ def dtype_decisions(facts: Facts, sizes: Sizes, request: Request) -> list[Decisi
     usual, reason = half_or_full(facts)
     found = []
     for component in COMPONENTS:
-        name = f"dtype.{component}"
-        if name in request.user:
-            found.append(Decision(name, *checked_dtype(facts, request.user[name]), by="user"))
-        elif component == "vae" and sizes.vae.float32 and usual == "float16":
-            found.append(Decision(name, "float32", "this autoencoder overflows in float16, on every device"))
-        else:
-            found.append(Decision(name, usual, reason))
+        name, value, why = f"dtype.{component}", usual, reason
+        if component == "vae" and sizes.vae.float32 and usual == "float16":
+            value, why = "float32", "this autoencoder overflows in float16, on every device"
+        found.append(settled(request.user, name, value, why, note(facts, request.user.get(name))))
     return found
 
 
@@ -37,11 +35,19 @@ def half_or_full(facts: Facts) -> tuple[str, str]:
     return "float16", "half the memory of float32 and the speed of the matrix units"
 
 
-def checked_dtype(facts: Facts, dtype: str) -> tuple[str, str]:
-    """The user's dtype with a note on what to expect of it."""
+def note(facts: Facts, dtype: str | None) -> str:
+    """What to expect of a dtype that the user chose."""
     if dtype == "bfloat16" and not facts.bf16:
-        return dtype, "this device does not support bfloat16: expect an error"
-    return dtype, "dtype was given"
+        return "this device does not support bfloat16: expect an error, or slowness"
+    return "your choice"
+
+
+def idle_weights(facts: Facts, request: Request) -> Decision:
+    if not facts.unified:
+        return Decision("idle_weights", "cpu", "the GPU has memory of its own")
+    if request.rereadable:
+        return Decision("idle_weights", "dropped", "CPU and device share one memory; the checkpoint can be read again")
+    return Decision("idle_weights", "kept", "CPU and device share one memory, so moving weights frees nothing")
 
 
 def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
@@ -59,10 +65,8 @@ def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
 
 
 def causal_mask(facts: Facts) -> Decision:
-    reason = "one form that is right on every torch and device"
-    if bug := affected(facts, "causal-leak"):
-        reason = f"{bug.what}"
-    return Decision("causal_mask", "float", reason)
+    bug = affected(facts, "causal-leak")
+    return Decision("causal_mask", "float", bug.what if bug else "one form that is right on every torch and device")
 
 
 def contiguity(facts: Facts) -> Decision:
@@ -78,12 +82,11 @@ def group_norm(facts: Facts) -> Decision:
 
 
 def memory_format(facts: Facts, request: Request) -> Decision:
-    if asked := request.user.get("memory_format"):
-        bug = affected(facts, "channels-last") if asked == "channels_last" else None
-        return Decision("memory_format", asked, bug.what if bug else "memory_format was given", by="user")
-    if bug := affected(facts, "channels-last"):
-        return Decision("memory_format", "contiguous", bug.what)
-    return Decision("memory_format", "channels_last", "convolutions are faster in it")
+    name, bug = "memory_format", affected(facts, "channels-last")
+    if bug is None:
+        return settled(request.user, name, "channels_last", "convolutions are faster in it")
+    asked = f"beware: {bug.what}" if request.memory_format == "channels_last" else "your choice"
+    return settled(request.user, name, "contiguous", bug.what, asked)
 
 
 def non_blocking(facts: Facts) -> Decision:

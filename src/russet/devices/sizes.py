@@ -11,51 +11,57 @@ from russet.errors import ConfigError, InputError
 Numbers = Mapping[str, Any]
 
 
+Depths = tuple["int | None", ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class UNetSizes:
     """The conditional UNet's shape, one entry per level from the finest down.
 
-    ``depth`` is the number of transformer layers in each attention block of a level, 0 where the level has none.
+    ``down`` and ``up`` hold for each residual block of a level how many transformer layers follow it, None where no
+    transformer does; ``middle`` likewise, and None where the UNet has no middle.
     """
 
     channels: tuple[int, ...]
-    layers: tuple[int, ...]
     heads: tuple[int, ...]
-    depth: tuple[int, ...]
-    up_depth: tuple[int, ...]  # from the finest level down as well
-    mid_depth: int
-    context: int
+    down: tuple[Depths, ...]
+    up: tuple[Depths, ...]
+    middle: Depths | None
+    context: tuple[int, ...]
     in_channels: int = 4
     out_channels: int = 4
     added: int = 0  # width of the added embedding's input, 0 without one
+    upcast: bool = False  # whether its scores overflow float16
 
     @classmethod
     def of(cls, config: Numbers) -> UNetSizes:
         channels = tuple(config.get("block_out_channels") or (320, 640, 1280, 1280))
         levels = len(channels)
-        attending = [
-            "Attn" in kind
-            for kind in config.get("down_block_types") or ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
-        ]
-        attending_up = [
-            "Attn" in kind
-            for kind in config.get("up_block_types") or ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1)
-        ]
+        down_kinds = config.get("down_block_types") or ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
+        up_kinds = config.get("up_block_types") or ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1)
+        layers = per_level(config.get("layers_per_block", 2), levels)
         depth = per_level(config.get("transformer_layers_per_block", 1), levels)
-        has_mid = config.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None
+        back = config.get("reverse_transformer_layers_per_block")
+        up_depth = depth if back is None else tuple(reversed(per_level(back, levels)))
+        middle = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
         return cls(
             channels=channels,
-            layers=per_level(config.get("layers_per_block", 2), levels),
             # the checkpoints' attention_head_dim is the number of heads, for historical reasons
             heads=per_level(config.get("num_attention_heads") or config.get("attention_head_dim", 8), levels),
-            depth=tuple(n if attends else 0 for n, attends in zip(depth, attending, strict=True)),
-            up_depth=tuple(n if attends else 0 for n, attends in zip(depth, reversed(attending_up), strict=True)),
-            mid_depth=depth[-1] if has_mid else 0,
-            context=per_level(config.get("cross_attention_dim", 1280), levels)[0],
+            down=tuple(depths(*each) for each in zip(down_kinds, depth, layers, strict=True)),
+            up=tuple(depths(*each) for each in zip(reversed(up_kinds), up_depth, (n + 1 for n in layers), strict=True)),
+            middle=depths(middle, first(depth[-1]), 1) if middle else None,
+            context=per_level(config.get("cross_attention_dim", 1280), levels),
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
             added=config.get("projection_class_embeddings_input_dim") or 0,
+            upcast=bool(config.get("upcast_attention")),
         )
+
+    def attends(self, level: int) -> bool:
+        """Whether any transformer works at a level."""
+        middle = self.middle if level == len(self.channels) - 1 else None
+        return any(self.down[level]) or any(self.up[level]) or any(middle or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +192,24 @@ class Sizes:
         return -(-self.height // self.vae.factor), -(-self.width // self.vae.factor)
 
 
-def per_level(value: int | Sequence[int], levels: int) -> tuple[int, ...]:
-    """A number for each level: one for all, or as many as there are levels; of nested lists, the first."""
-    if isinstance(value, int):
+def depths(kind: str, depth: int | Sequence[int], layers: int) -> Depths:
+    """The transformer layers after each of ``layers`` residual blocks of a block of that kind."""
+    if "CrossAttn" not in kind:
+        return (None,) * layers
+    found = (depth,) * layers if isinstance(depth, int) else tuple(depth)
+    if len(found) != layers:
+        raise ConfigError(f"{layers} residual blocks need {layers} numbers of transformer layers, not {list(found)}")
+    return found
+
+
+def first(value: int | Sequence[int]) -> int:
+    return value if isinstance(value, int) else value[0]
+
+
+def per_level(value: Any, levels: int) -> tuple[Any, ...]:
+    """A value for each level: one for all, or as many as there are levels."""
+    if not isinstance(value, (list, tuple)):
         return (value,) * levels
-    numbers = tuple(max(item) if isinstance(item, (list, tuple)) else item for item in value)
-    if len(numbers) != levels:
-        raise ConfigError(f"a UNet of {levels} levels needs {levels} numbers, not {list(numbers)}")
-    return numbers
+    if len(value) != levels:
+        raise ConfigError(f"a UNet of {levels} levels needs {levels} values, not {list(value)}")
+    return tuple(value)

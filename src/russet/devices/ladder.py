@@ -1,0 +1,143 @@
+"""Ways of doing the work, from the fastest to the most frugal, and the first of them that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from russet.devices.attention_rules import LEAST_ROOM, Caps, choose_attention, slicing_asked
+from russet.devices.calls import largest_tensors, text_calls, unet_calls, vae_call
+from russet.devices.choices import SMALL_TILE, TILE, Request, Tile
+from russet.devices.decisions import Decision, Decisions, gigabytes, settled
+from russet.devices.facts import Facts
+from russet.devices.memory import Estimate, predict, resident
+from russet.devices.rules import dtype_decisions, idle_weights
+from russet.devices.sizes import Sizes
+
+AT_ONCE = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet call; beyond, devices gain no speed
+DECODED = {"mps": 1, "cuda": 4, "cpu": 1}  # the same of the VAE, whose maps are far larger
+SHARE = {"mps": 0.5, "cuda": 1.0, "cpu": 0.25}  # of the budget that more than one image at a time may fill
+UNIT = 512 * 512
+
+
+class Rung(NamedTuple):
+    """What is varied from one way of doing the work to the next."""
+
+    micro_batch: int
+    vae_tile: Tile | None = None
+    text_encoder: str = "device"
+    offload: str | None = None
+
+
+def best(facts: Facts, sizes: Sizes, request: Request) -> tuple[Decisions, Estimate] | None:
+    """The fastest way that stays within what is free now; else the most frugal one that the device's limit allows.
+
+    Small tiles show in the picture, so they are taken only where nothing else is within the limit.
+    """
+    usual = rungs(facts, sizes, request)
+    resort = [usual[-1]._replace(vae_tile=SMALL_TILE)]
+    return fitting(facts, sizes, request, usual) or fitting(facts, sizes, request, resort)
+
+
+def fitting(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]) -> tuple[Decisions, Estimate] | None:
+    """The first way within the budget, else the one with the least peak within the limit, else None."""
+    frugal: tuple[Decisions, Estimate] | None = None
+    for found, estimate in ways(facts, sizes, request, ladder):
+        if not within_caps(facts, sizes, found):
+            continue
+        several = found.micro_batch > 1 and found.why("micro_batch").by == "plan"
+        if estimate.peak <= facts.budget * (SHARE[facts.device] if several else 1):
+            return found, estimate
+        if frugal is None or estimate.peak < frugal[1].peak:
+            frugal = found, estimate
+    return frugal if frugal and frugal[1].peak <= facts.limit else None
+
+
+def ways(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]) -> Iterator[tuple[Decisions, Estimate]]:
+    """Each rung as decisions with their estimate. The user's choices hold in all of them."""
+    reason, seen = f"only {gigabytes(facts.limit)} are there for it", set()
+    for rung in ladder:
+        held = Rung(*(request.user.get(name, value) for name, value in rung._asdict().items()))
+        if held in seen:
+            continue
+        seen.add(held)
+        found = decided(facts, sizes, request, rung, reason)
+        estimate = predict(sizes, found)
+        yield found, estimate
+        reason = f"otherwise {gigabytes(estimate.peak)} would be needed, and {gigabytes(facts.budget)} are free"
+
+
+def rungs(facts: Facts, sizes: Sizes, request: Request) -> list[Rung]:
+    """The ladder: fewer images at a time, then tiles, then weights that are there only while they are needed."""
+    most = max(1, AT_ONCE[facts.device] * UNIT // (sizes.width * sizes.height))
+    ladder = [Rung(n) for n in range(sizes.images, 0, -1) if sizes.images % n == 0 and n <= most]
+    if max(sizes.latents) > TILE.size:
+        ladder.append(Rung(1, TILE))
+    last = ladder[-1]
+    if facts.device == "cuda":
+        ladder += [last._replace(text_encoder="cpu")]
+        ladder += [last._replace(offload="model"), last._replace(offload="sequential")]
+    elif request.rereadable:
+        ladder += [last._replace(text_encoder="freed"), last._replace(offload="model")]
+    return ladder
+
+
+def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str) -> Decisions:
+    """A rung as decisions, with the attention that suits it. ``reason`` says why it is not the rung above."""
+    user, start = request.user, Rung(1)
+    one = "one at a time takes the least memory" if sizes.images > 1 else "there is one"
+    at_once = max(1, DECODED[facts.device] * UNIT // (sizes.width * sizes.height))
+
+    def pick(name: str, value: object, usual: object, plain: str) -> Decision:
+        return settled(user, name, value, plain if value == usual else reason)
+
+    found = Decisions(
+        decisions=(
+            *dtype_decisions(facts, sizes, request),
+            settled(user, "micro_batch", rung.micro_batch, "as many as fit" if rung.micro_batch > 1 else one),
+            settled(user, "vae_batch", min(at_once, sizes.images), "decoding is the widest moment"),
+            pick("vae_tile", rung.vae_tile, start.vae_tile, "a picture of this size fits as a whole"),
+            pick("text_encoder", rung.text_encoder, start.text_encoder, "there is room for it"),
+            pick("offload", rung.offload, start.offload, "there is room for everything"),
+            idle_weights(facts, request),
+        )
+    )
+    return found.and_also(attention_decisions(facts, sizes, request, found))
+
+
+def attention_decisions(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -> list[Decision]:
+    """Attention for each component; scores may take a third of what the weights leave free."""
+    weights = max(resident(sizes, found, ("denoise", "decode")).values())
+    room = max(LEAST_ROOM, (facts.budget - weights) // 3)
+    calls = {
+        "unet": unet_calls(sizes, found),
+        "vae": [vae_call(sizes, found)],
+        "text_encoder": text_calls(sizes),
+    }
+    decisions = []
+    for component, made in calls.items():
+        name = f"attention.{component}"
+        overflows = component == "unet" and sizes.unet.upcast
+        if component == "unet" and request.attention_slicing is not None:
+            asked = slicing_asked(facts, found.dtype(component), made, request.attention_slicing, overflows)
+            decisions.append(Decision(name, *asked, by="user"))
+        else:
+            decisions.append(Decision(name, *choose_attention(facts, found.dtype(component), made, room, overflows)))
+    return decisions
+
+
+def within_caps(facts: Facts, sizes: Sizes, found: Decisions) -> bool:
+    """Whether no tensor passes the device's limits."""
+    caps = Caps.of(facts)
+    return all(caps.allow(numbers, width) for numbers, width in largest_tensors(sizes, found))
+
+
+def largest_fit(facts: Facts, sizes: Sizes, request: Request) -> tuple[int, int] | None:
+    """Width and height, multiples of 64, of the largest picture of about that shape that fits; None if none does."""
+    longest = max(sizes.width, sizes.height)
+    for side in range(longest // 64 * 64, 0, -64):
+        width, height = (max(64, round(edge * side / longest / 64) * 64) for edge in (sizes.width, sizes.height))
+        if best(facts, dataclasses.replace(sizes, width=width, height=height), request):
+            return width, height
+    return None
