@@ -102,6 +102,7 @@ COMPONENTS = (
 ALIASES = {
     "CLIPFeatureExtractor": "CLIPImageProcessor",
     "CLIPImageProcessorFast": "CLIPImageProcessor",
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
     "CLIPTokenizerFast": "CLIPTokenizer",
 }
 
