@@ -1,0 +1,140 @@
+"""The exponential integrators' common step: from one noise level to another along a polynomial in log(sigma).
+
+DPM-Solver, DPM-Solver++ and UniPC solve the linear part of dx/dsigma exactly and put a polynomial in
+``lambda = -log(sigma)`` through the model's values. In the latents x = x0 + sigma * eps, from a to b = a e^-h, with
+D_k the value's k-th derivative by lambda, times h^k,
+
+    x = keep x - gain (c_0(z) D_0 + c_1(z) D_1 + c_2(z) D_2) + spread noise
+    c_0 = e^z - 1     c_1 = c_0 / z - 1     c_2 = c_1 / z - 1/2
+
+    value    keep   gain    z       spread                     (two-fold where it is an SDE)
+    x0       e^z    1       -h      b sqrt(1 - e^-2h)          z = -2h
+    noise    1      b        h      b sqrt(e^2h - 1)           gain = 2b
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from russet.schedulers.brownian import Noise
+from russet.schedulers.noise import Point
+from russet.schedulers.solvers import Steps, pairs
+
+
+def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of the values, each times its weight."""
+    total = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * value
+    return total
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """Which of the family's steps is taken.
+
+    data: the polynomial goes through x0 (DPM-Solver++) or through the noise (DPM-Solver).
+    sde: follows the stochastic equation, and draws noise. exact: c_1 as above, and not c_0 / 2 ("midpoint").
+    bh1: the function B of UniPC, z or e^z - 1.
+    """
+
+    data: bool = True
+    sde: bool = False
+    exact: bool = False
+    bh1: bool = False
+
+    def value(self, x: Tensor, x0: Tensor, a: Point) -> Tensor:
+        return x0 if self.data else (x - x0) / a.sigma
+
+    def linear(self, a: Point, b: Point) -> tuple[float, float, float, float]:
+        """(keep, gain, z, spread) of the step from a to b."""
+        h, times = math.log(a.sigma / b.sigma), 2 if self.sde else 1
+        spread = math.sqrt(abs(a.sigma**2 - b.sigma**2)) if self.sde else 0.0
+        if self.data:
+            return math.exp(-h * times), 1.0, -h * times, spread * b.sigma / a.sigma
+        return 1.0, b.sigma * times, h, spread
+
+    def step(
+        self, x: Tensor, values: Sequence[Tensor], past: Sequence[Point], b: Point, noise: Noise, exact: bool = False
+    ) -> Tensor:
+        """From past[0], where x is, to b; the polynomial goes through one to three values at ``past``."""
+        a = past[0]
+        if a.sigma == b.sigma:
+            return x
+        keep, gain, z, spread = self.linear(a, b)
+        c0 = math.expm1(z)
+        c1 = c0 / z - 1 if self.exact or exact or len(values) == 3 else c0 / 2
+        c2 = (c0 / z - 1) / z - 0.5
+        derivatives = derivatives_at_first(values, distances(past, b))
+        x = keep * x - gain * weighted((c0, c1, c2)[: len(values)], derivatives)
+        return x + spread * noise() if self.sde else x
+
+    def unified(self, x: Tensor, values: Sequence[Tensor], past: Sequence[Point], b: Point) -> Tensor:
+        """UniPC's step (arXiv:2302.04867, algorithms 5 and 6): one of ``past`` may be b itself, which corrects."""
+        a = past[0]
+        if a.sigma == b.sigma:
+            return x
+        keep, gain, z, _ = self.linear(a, b)
+        x = keep * x - gain * math.expm1(z) * values[0]
+        at = distances(past, b)[1:]
+        if not at:
+            return x
+        scale = z if self.bh1 else math.expm1(z)
+        weights = [gain * scale * rho / u for rho, u in zip(uni_weights(at, z, scale), at, strict=True)]
+        return x - weighted(weights, [value - values[0] for value in values[1:]])
+
+
+def distances(past: Sequence[Point], b: Point) -> list[float]:
+    """Where the points lie in log(sigma): 0 at the first of them, 1 at b."""
+    h = math.log(past[0].sigma / b.sigma)
+    return [math.log(past[0].sigma / point.sigma) / h for point in past]
+
+
+def derivatives_at_first(values: Sequence[Tensor], at: Sequence[float]) -> list[Tensor]:
+    """The value, first and second derivative at the first node of the polynomial through all (divided differences)."""
+    if len(values) == 1:
+        return [values[0]]
+    slope = (values[1] - values[0]) / at[1]
+    if len(values) == 2:
+        return [values[0], slope]
+    bend = ((values[2] - values[0]) / at[2] - slope) / (at[2] - at[1])
+    # differs from Diffusers, whose multistep solvers take the second derivative to be ``bend``, half of what it is
+    return [values[0], slope - at[1] * bend, 2 * bend]
+
+
+def uni_weights(at: Sequence[float], z: float, scale: float) -> list[float]:
+    """UniPC's rho: sum_k rho_k at_k^(n-1) = n! phi_(n+1)(z) z^n / scale for n = 1, 2, …; 1/2 where there is only one."""
+    if len(at) == 1:
+        return [0.5]
+    term, factorial, right = math.expm1(z) / z - 1, 1, []
+    for n in range(1, len(at) + 1):
+        right.append(term * factorial / scale)
+        factorial *= n + 1
+        term = term / z - 1 / factorial
+    weights: list[float] = np.linalg.solve([[u**n for u in at] for n in range(len(at))], right).tolist()
+    return weights
+
+
+def dpm_singlestep(
+    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, method: Exponential, orders: Sequence[int]
+) -> Steps:
+    """DPM-Solver and DPM-Solver++ in groups of one to three points that start afresh (arXiv:2206.00927).
+
+    orders: one number for each point; a group is 1, 2, 3, and each of its steps starts where the group does.
+    """
+    start, values, past = x, list[Tensor](), list[Point]()
+    for order, (a, b) in zip(orders[-len(points) :], pairs(points, end), strict=True):
+        x, x0 = yield x, a
+        if order == 1 or not past:
+            start, values, past = x, [], []
+        values, past = [*values, method.value(x, x0, a)], [*past, a]
+        if len(values) == 3 and not method.exact:  # the third order of "midpoint" leaves the middle value out
+            x = method.step(start, values[::2], past[::2], b, noise, exact=True) if b.sigma > 0 else x0
+        else:
+            x = method.step(start, values, past, b, noise) if b.sigma > 0 else x0
+    return x

@@ -1,0 +1,107 @@
+"""How much noise belongs to which timestep: the table that a model was trained with.
+
+Units: a noisy latent is ``x = x0 + sigma * eps`` (variance-exploding), and ``alphas_cumprod = 1 / (1 + sigma²)`` is the
+same fact in the variance-preserving form ``sqrt(a) * x0 + sqrt(1 - a) * eps``. A timestep ``t`` runs from 0 (almost no
+noise) to ``num_train_timesteps - 1`` (almost only noise), and may be fractional. Everything here is on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from russet.schedulers.configs import Trained
+
+ALMOST_PURE_NOISE = 2.0**-40  # the least alphas_cumprod: sigma = 2**20, so that no sigma is infinite
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place where the model can be evaluated: the timestep it is told, and the noise level ``sigma`` there."""
+
+    t: float
+    sigma: float
+
+
+class Table:
+    """sigma(t) of a trained model. betas, alphas_cumprod: float32 [T], as Diffusers names them."""
+
+    def __init__(self, betas: Tensor, zero_snr: float | None = None):
+        """zero_snr: the alphas_cumprod that stands for zero at the last step, after rescaling the betas to reach it."""
+        self.betas = betas if zero_snr is None else rescaled_to_zero_snr(betas)
+        # float32 as the checkpoints' own tables are; float64 would move sigma at t = 0 by 3e-5 of itself
+        self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        if zero_snr is not None:
+            self.alphas_cumprod[-1] = zero_snr
+        kept = self.alphas_cumprod.clamp(min=ALMOST_PURE_NOISE)
+        self.sigmas = (((1 - kept) / kept) ** 0.5).double().numpy()
+
+    def sigma(self, t: float) -> float:
+        return float(np.interp(t, np.arange(len(self.sigmas)), self.sigmas))
+
+    def t(self, sigma: float) -> float:
+        """The timestep of a noise level, linear in log(sigma) between two entries, clipped to the table."""
+        return float(np.interp(math.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
+
+    def point(self, sigma: float) -> Point:
+        return Point(self.t(sigma), sigma)
+
+
+class CosineTable(Table):
+    """IPNDM's own noise levels: t in 0..1 and sigma = tan(pi t / 2), no betas."""
+
+    def __init__(self) -> None:
+        self.sigmas = np.tan(np.linspace(0.0, 1.0, 1001)[:-1] * math.pi / 2)
+
+    def sigma(self, t: float) -> float:
+        return min(math.tan(t * math.pi / 2), 2.0**12)  # at t = 1 there is nothing but noise; kept finite
+
+    def t(self, sigma: float) -> float:
+        return math.atan(sigma) * 2 / math.pi
+
+
+def betas_of(config: Trained) -> Tensor:
+    """The betas [T] that a config describes, float32."""
+    steps = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return torch.tensor(config.trained_betas, dtype=torch.float32)
+    if config.beta_schedule in ALPHA_BAR:
+        return betas_from_alpha_bar(ALPHA_BAR[config.beta_schedule], steps)
+    if config.beta_schedule == "sigmoid":
+        rising = torch.sigmoid(torch.linspace(-6, 6, steps))
+        return rising * (config.beta_end - config.beta_start) + config.beta_start
+    if config.beta_schedule == "scaled_linear":
+        return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=torch.float32) ** 2
+    return torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32)
+
+
+def _laplace(t: float) -> float:
+    log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
+    return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
+
+
+# alphas_cumprod as a function of t in 0..1: arXiv:2102.09672 (cosine), arXiv:2407.03297 (laplace)
+ALPHA_BAR: Mapping[str, Callable[[float], float]] = {
+    "squaredcos_cap_v2": lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
+    "laplace": _laplace,
+    "exp": lambda t: math.exp(-12.0 * t),
+}
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int) -> Tensor:
+    """Betas whose running product of 1 - beta follows ``alpha_bar``; none above 0.999."""
+    betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def rescaled_to_zero_snr(betas: Tensor) -> Tensor:
+    """Betas changed so that the last step is pure noise and the first one is as before (arXiv:2305.08891, algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = root**2
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])

@@ -1,0 +1,183 @@
+"""A schedule, which is where the steps are, and a run, which is one passage through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+
+from russet.errors import InputError
+from russet.schedulers.brownian import Noise
+from russet.schedulers.noise import Point
+from russet.schedulers.solvers import Solver
+
+
+@dataclass(frozen=True)
+class Border:
+    """Between the solver's latents, x = x0 + sigma * eps, and what is outside: the public latents and the model.
+
+    variance_preserving: the public latents are x / sqrt(1 + sigma²), as the model sees them; else they are x.
+    limited: what is done to a predicted x0, clipping or thresholding. keeps_noise: the limit moves x along with x0, so
+    that the noise the model saw is kept.
+    """
+
+    variance_preserving: bool
+    prediction_type: str
+    limited: Callable[[Tensor], Tensor] | None = None
+    keeps_noise: bool = False
+
+    def inward(self, x: Tensor, sigma: float) -> Tensor:
+        return x * math.sqrt(1 + sigma**2) if self.variance_preserving else x
+
+    def outward(self, x: Tensor, sigma: float) -> Tensor:
+        return x / math.sqrt(1 + sigma**2) if self.variance_preserving else x
+
+    def x0(self, x: Tensor, output: Tensor, sigma: float) -> Tensor:
+        """The image that the model's output stands for."""
+        if self.prediction_type == "epsilon":
+            return x - sigma * output
+        if self.prediction_type == "v_prediction":  # arXiv:2202.00512, section 4 and appendix D
+            return x / (1 + sigma**2) - sigma / math.sqrt(1 + sigma**2) * output
+        return output
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where the model will be evaluated, and by which solver. Immutable: any number of runs may share it.
+
+    points: where each step starts, noisiest first; end: where the last one goes.
+    init_noise_sigma: what standard normal noise is multiplied with to start from the first point.
+    order: model calls a step, as Diffusers counts them. needs_unconditional: ``Run.send`` must be told that output too.
+    """
+
+    points: tuple[Point, ...]
+    end: Point
+    solver: Solver
+    border: Border
+    init_noise_sigma: float
+    order: int = 1
+    needs_unconditional: bool = False
+
+    @functools.cached_property
+    def calls(self) -> tuple[Point, ...]:
+        """Where the model is evaluated, call by call: a dry run of the solver on plain numbers."""
+        silent = cast(Any, _Silent())
+        steps = self.solver(cast(Any, 0.0), self.points, self.end, silent)
+        found = []
+        try:
+            _, point = next(steps)
+            while True:
+                found.append(point)
+                _, point = steps.send((cast(Any, 0.0), cast(Any, 0.0)))
+        except StopIteration:
+            return tuple(found)
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the model is told, call by call."""
+        return tuple(call.t for call in self.calls)
+
+    def start_at(self, step: int) -> Schedule:
+        """The rest of the schedule from a step on (image to image): as good as a whole one, with fewer steps."""
+        if not 0 <= step < len(self.points):
+            raise InputError(f"a run of {len(self.points)} steps cannot begin at step {step}")
+        return dataclasses.replace(self, points=self.points[step:])
+
+    def add_noise(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """An image's latents with the noise of the first point, as ``run`` takes them; noise: standard normal."""
+        sigma = self.points[0].sigma
+        return self.border.outward(x0.float() + sigma * noise.float(), sigma).to(x0.dtype)
+
+    def run(self, x: Tensor, noise: Callable[[], Tensor]) -> Run:
+        """Begins a run. x: [B, C, h, w] latents at the first point, in the public convention.
+
+        noise: gives standard normal [B, C, h, w], float32, on the device of ``x``; called once for each draw.
+        """
+        return Run(self, x, noise if isinstance(noise, Noise) else Noise(noise))
+
+
+class _Silent:
+    def __call__(self) -> float:
+        return 0.0
+
+    def between(self, a: float, b: float) -> float:
+        return 0.0
+
+
+class Run:
+    """One passage through a schedule: evaluate the model at ``t`` on ``model_input``, ``send`` its output, repeat.
+
+    All arithmetic is in float32; what goes out has the dtype of the latents that came in. Nothing is shared with other
+    runs, and nothing is read back from the device.
+
+    t: where the model is to be evaluated next; None when the run is over.
+    x0: the last predicted image, None before the first.
+    """
+
+    def __init__(self, schedule: Schedule, x: Tensor, noise: Noise):
+        if not x.is_floating_point():
+            raise InputError(f"latents must be floating-point numbers, not {x.dtype}")
+        self.schedule = schedule
+        self.dtype = x.dtype
+        self.noise = noise
+        self.x0: Tensor | None = None
+        self._steps = schedule.solver(x, schedule.points, schedule.end, noise)
+        _, point = next(self._steps)
+        self.point: Point | None = point
+        self._x = schedule.border.inward(x.float(), point.sigma)
+
+    @property
+    def t(self) -> float | None:
+        return None if self.point is None else self.point.t
+
+    @property
+    def sigma(self) -> float:
+        """The noise level of the latents as they are."""
+        return self.schedule.end.sigma if self.point is None else self.point.sigma
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, C, h, w] in the scheduler's public convention. May be set between two calls."""
+        return self.schedule.border.outward(self._x, self.sigma).to(self.dtype)
+
+    @latents.setter
+    def latents(self, x: Tensor) -> None:
+        self._x = self.schedule.border.inward(x.float(), self.sigma)
+
+    @property
+    def model_input(self) -> Tensor:
+        """The latents as the model takes them, of unit variance."""
+        return (self._x / math.sqrt(1 + self.sigma**2)).to(self.dtype)
+
+    def add_noise(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """Another image's latents at the present noise level, in the public convention: to blend into ``latents``."""
+        return self.schedule.border.outward(x0.float() + self.sigma * noise.float(), self.sigma).to(self.dtype)
+
+    def send(self, output: Tensor, unconditional: Tensor | None = None) -> None:
+        """Takes the model's output for ``model_input`` and goes on to the next call.
+
+        unconditional: the output for no prompt, where ``schedule.needs_unconditional`` says so (CFG++).
+        """
+        border, point = self.schedule.border, self.point
+        if point is None:
+            raise InputError("the run is over: every step of its schedule has been made")
+        if (unconditional is not None) != self.schedule.needs_unconditional:
+            raise InputError("CFG++ samplers, and only those, take the output without the prompt beside the guided one")
+        x = self._x
+        x0 = seen = border.x0(x, output.float(), point.sigma)
+        if border.limited is not None:
+            x0 = border.limited(x0)
+        if unconditional is not None:
+            seen = border.x0(x, unconditional.float(), point.sigma)
+        if unconditional is not None or border.keeps_noise:
+            x = x + (x0 - seen)  # so that (x - x0) / sigma is the noise that was seen
+        self.x0 = x0.to(self.dtype)
+        try:
+            self._x, self.point = self._steps.send((x, x0))
+        except StopIteration as finished:
+            self._x, self.point = finished.value, None

@@ -1,0 +1,165 @@
+"""Solvers that forget: each step needs only the latents it starts from. ``multistep.py`` has those that remember.
+
+A solver is a generator. It yields ``(x, point)``, the latents and the next place where the model is to be evaluated, is
+sent ``(x, x0)`` back, the latents (which a caller may have changed) and the model's idea of the image in them, and
+returns the latents at the end. Its state is its local variables.
+
+x, x0: [B, C, h, w] float32; x = x0 + sigma * eps, so ``(x - x0) / sigma`` is both the noise and dx/dsigma.
+points: where the steps start, noisiest first; end: where the last one goes; noise: what an SDE draws from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from russet.schedulers.brownian import Noise
+from russet.schedulers.noise import Point
+
+Steps = Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], Tensor]
+At = Callable[[float], Point]  # the point of a noise level
+
+
+class Solver(Protocol):
+    def __call__(self, x: Tensor, points: Sequence[Point], end: Point, noise: Noise, /) -> Steps: ...
+
+
+def pairs(points: Sequence[Point], end: Point) -> list[tuple[Point, Point]]:
+    """From where to where each step goes."""
+    return list(zip(points, [*points[1:], end], strict=True))
+
+
+def ancestral(a: float, b: float, eta: float) -> tuple[float, float]:
+    """(down, up): go from noise level a down to ``down``, add noise of deviation ``up``, and be at b."""
+    up = min(b, eta * b * math.sqrt(max(a**2 - b**2, 0.0)) / a)
+    return math.sqrt(b**2 - up**2), up
+
+
+def euler(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, eta: float = 0.0) -> Steps:
+    """Euler's method (arXiv:2206.00364). On the spacing of DDIM it is DDIM (arXiv:2010.02502) with the same ``eta``;
+    with eta = 1 it is Euler ancestral, and DDPM's posterior of the smaller variance.
+    """
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        down, up = ancestral(a.sigma, b.sigma, eta)
+        x = x0 + (x - x0) * (down / a.sigma)
+        if eta > 0:
+            x = x + up * noise()
+    return x
+
+
+def ddpm_large(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> Steps:
+    """DDPM with the larger of its two variances, beta (arXiv:2006.11239, section 3.2); none in the last step."""
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        x = x0 + (x - x0) * (b.sigma / a.sigma) ** 2
+        if b.sigma > 0:
+            beta = (a.sigma**2 - b.sigma**2) / (1 + a.sigma**2)
+            x = x + math.sqrt(beta * (1 + b.sigma**2)) * noise()
+    return x
+
+
+def heun_step(x: Tensor, a: Point, b: Point) -> Steps:
+    """From a to b with the mean of the slopes at both (arXiv:2206.00364, algorithm 1); to no noise at all, Euler's."""
+    x, x0 = yield x, a
+    start, slope = x, (x - x0) / a.sigma
+    x = x0 + slope * b.sigma
+    if b.sigma > 0:
+        x, x0 = yield x, b
+        x = start + (slope + (x - x0) / b.sigma) / 2 * (b.sigma - a.sigma)
+    return x
+
+
+def heun(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> Steps:
+    """Heun's method: two model calls a step, of the second order."""
+    for a, b in pairs(points, end):
+        x = yield from heun_step(x, a, b)
+    return x
+
+
+def restart(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> Steps:
+    """Heun's method that goes back up by adding noise where the points do (Restart sampling, arXiv:2306.14878)."""
+    for a, b in pairs(points, end):
+        if b.sigma > a.sigma:
+            x = x + math.sqrt(b.sigma**2 - a.sigma**2) * noise()
+        else:
+            x = yield from heun_step(x, a, b)
+    return x
+
+
+def dpm2(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, eta: float = 0.0) -> Steps:
+    """DPM-Solver-2 (arXiv:2206.00927): the whole step with the slope of its middle; eta = 1 makes it ancestral."""
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        down, up = ancestral(a.sigma, b.sigma, eta)
+        if down == 0:
+            x = x0
+            continue
+        start, middle = x, at(math.sqrt(a.sigma * down))
+        x, x0 = yield x0 + (x - x0) * (middle.sigma / a.sigma), middle
+        x = start + (x - x0) / middle.sigma * (down - a.sigma)
+        if eta > 0:
+            x = x + up * noise()
+    return x
+
+
+def dpmpp_2s_ancestral(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, eta: float = 1.0) -> Steps:
+    """DPM-Solver++(2S) (arXiv:2211.01095) with ancestral noise: the whole step towards the x0 of its middle."""
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        down, up = ancestral(a.sigma, b.sigma, eta)
+        if down == 0:
+            x = x0
+            continue
+        start, middle = x, at(math.sqrt(a.sigma * down))
+        x, x0 = yield x0 + (x - x0) * (middle.sigma / a.sigma), middle
+        x = x0 + (start - x0) * (down / a.sigma) + up * noise()
+    return x
+
+
+def dpmpp_sde(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At) -> Steps:
+    """DPM-Solver++ (SDE) as k-diffusion has it: 2S with noise in the middle too, both taken from one Brownian path."""
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        if b.sigma == 0:
+            x = x0
+            continue
+        start, middle = x, at(math.sqrt(a.sigma * b.sigma))
+        down, up = ancestral(a.sigma, middle.sigma, 1.0)
+        x = x0 + (x - x0) * (down / a.sigma) + up * noise.between(a.sigma, middle.sigma)
+        x, x0 = yield x, middle
+        down, up = ancestral(a.sigma, b.sigma, 1.0)
+        x = x0 + (start - x0) * (down / a.sigma) + up * noise.between(a.sigma, b.sigma)
+    return x
+
+
+def lcm(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, scaling: float = 10.0) -> Steps:
+    """Multistep consistency sampling (arXiv:2310.04378): the model's image, with fresh noise for the next step.
+
+    scaling: how fast the share of x in that image falls with t; the model was distilled with it.
+    """
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        scaled, data = a.t * scaling, 0.5
+        skip, out = data**2 / (scaled**2 + data**2), scaled / math.sqrt(scaled**2 + data**2)
+        x = out * x0 + skip / math.sqrt(1 + a.sigma**2) * x
+        if b is not end:
+            x = x + b.sigma * noise()
+    return x
+
+
+def tcd(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, lower: Callable[[Point], Point]) -> Steps:
+    """Trajectory consistency sampling (arXiv:2402.19159): jump below the next point, then add noise up to it.
+
+    lower: where the jump to a point leads; gamma (``eta`` in Diffusers) is how far below that is.
+    """
+    for a, b in pairs(points, end):
+        x, x0 = yield x, a
+        low = lower(b) if b is not end else b
+        x = x0 + (x - x0) * (low.sigma / a.sigma)
+        if low.sigma < b.sigma:
+            x = x + math.sqrt(b.sigma**2 - low.sigma**2) * noise()
+    return x
