@@ -34,10 +34,10 @@ def test_output_types_equal_diffusers():
     from diffusers.image_processor import VaeImageProcessor
 
     x, reference = noise(2, 3, 8, 16), VaeImageProcessor()
-    for ours, theirs in zip(images.converted(x, "pil"), reference.postprocess(x, output_type="pil"), strict=True):
+    for ours, theirs in zip(images.as_output(x, "pil"), reference.postprocess(x, output_type="pil"), strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-    assert np.array_equal(images.converted(x, "np"), reference.postprocess(x, output_type="np"))
-    assert torch.equal(images.converted(x, "pt"), reference.postprocess(x, output_type="pt"))
+    assert np.array_equal(images.as_output(x, "np"), reference.postprocess(x, output_type="np"))
+    assert torch.equal(images.as_output(x, "pt"), reference.postprocess(x, output_type="pt"))
 
 
 def test_pixels_are_in_range_and_float32_whatever_comes():
@@ -63,7 +63,7 @@ def test_from_pil_refuses_what_is_no_batch_of_pictures():
     with pytest.raises(ArgumentTypeError):
         images.from_pil([np.zeros((4, 4, 3))])
     with pytest.raises(InputError, match="output_type"):
-        images.converted(noise(1, 3, 2, 2), "jpg")
+        images.as_output(noise(1, 3, 2, 2), "jpg")
 
 
 # -- files

@@ -57,7 +57,7 @@ def to_pil(x: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(row) for row in (to_numpy(x) * 255).round().astype(np.uint8)]
 
 
-def converted(x: torch.Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | torch.Tensor:
+def as_output(x: torch.Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | torch.Tensor:
     """[B, 3, H, W] in -1..1 as what a pipeline was asked for: "pil", "np" or "pt", the latter two in 0..1.
 
     Raises:
