@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from russet.errors import ArgumentTypeError, InputError, OutputError
 from russet.smallfiles import aside
-
-OutputType = Literal["pil", "np", "pt"]
 
 
 def from_pil(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
@@ -57,7 +55,7 @@ def to_pil(x: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(row) for row in (to_numpy(x) * 255).round().astype(np.uint8)]
 
 
-def as_output(x: torch.Tensor, output_type: OutputType) -> list[Image.Image] | np.ndarray | torch.Tensor:
+def as_output(x: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
     """[B, 3, H, W] in -1..1 as what a pipeline was asked for: "pil", "np" or "pt", the latter two in 0..1.
 
     Raises:
