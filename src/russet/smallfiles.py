@@ -17,6 +17,8 @@ from russet.errors import CheckpointError, CorruptFile, MissingFile
 
 LARGEST = 64 << 20
 """Bytes. The largest text file of a real checkpoint, a tokenizer.json, has 4 MB."""
+DEEPEST = 32
+"""Levels of nesting in JSON. A tokenizer.json has seven."""
 
 
 def read_text(path: Path) -> str:
@@ -49,15 +51,60 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingFile, CheckpointError: as ``read_text``.
-        CorruptFile: the file is no JSON, or its outermost value is no object.
+        CorruptFile: the file is no JSON that ``parse_json`` takes, or its outermost value is no object.
     """
     text = read_text(path)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path} is not JSON: {error}") from None
+    if not text.strip():
+        raise CorruptFile(f"{path} is empty; download it again")
+    data = parse_json(text, str(path))
     if not isinstance(data, dict):
         raise CorruptFile(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def parse_json(data: str | bytes, where: str, *, unique: bool = False) -> Any:
+    """Parses JSON (UTF-8) that may be hostile; ``unique`` refuses a key that is given twice.
+
+    Raises:
+        CorruptFile: it is not JSON, nests deeper than ``DEEPEST``, or has an integer of more digits than 64 bits need.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        parsed = json.loads(text, parse_int=_bounded_int, object_pairs_hook=_unique_keys if unique else None)
+    except RecursionError:
+        raise CorruptFile(f"{where}: its JSON nests too deep") from None
+    except ValueError as error:  # bad UTF-8, bad JSON, and the two of our own below
+        raise CorruptFile(f"{where}: its JSON cannot be read: {str(error)[:300]}") from None
+    if _deeper(parsed, DEEPEST):
+        raise CorruptFile(f"{where}: its JSON nests too deep")
+    return parsed
+
+
+def _deeper(data: Any, limit: int) -> bool:
+    """Whether lists and objects nest more than ``limit`` times, found without recursion."""
+    level = [data]
+    for _ in range(limit):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return any(isinstance(item, (dict, list)) for item in level)
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError("a number has more than 20 digits")
+    return int(digits)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise ValueError(f"the key {key[:200]!r} is given twice")
+        data[key] = value
     return data
 
 

@@ -11,10 +11,10 @@ import torch
 
 from russet.checkpoints import fill, folder, old_configs, old_keys
 from russet.checkpoints.classes import Entry
-from russet.checkpoints.json_files import read_json
 from russet.checkpoints.options import Options
 from russet.checkpoints.stored import Source
 from russet.checkpoints.weight_names import Choice
+from russet.smallfiles import read_json
 
 SPARE_TENSORS = 64  # that a model may have beyond those in its file, so that the error can list what is missing
 

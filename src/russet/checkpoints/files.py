@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from russet.checkpoints.headers import read_header
-from russet.checkpoints.json_files import read_json
 from russet.checkpoints.stored import Source, StoredFile, StoredTensor
 from russet.errors import CorruptFile, UnsafeFile
+from russet.smallfiles import read_json
 
 ZIP_MARK = b"PK\x03\x04"
 LEGACY_MARK = b"\x80\x02\x8a\n"  # a pickle whose first object is torch's magic number: torch.save before 1.6

@@ -46,7 +46,16 @@ class _EmptyOnMeta(TorchFunctionMode):
             self.made += 1
             if self.limit is not None and self.made > self.limit:
                 raise ConfigError(f"this config describes a model of more than {self.limit} tensors")
+        first = args[0] if args else kwargs.get("tensor")
+        if isinstance(first, torch.Tensor) and first.is_meta and _is_in_place(func):
+            # Initialising nothing does nothing; yet torch would import its compiler for it, which takes seconds.
+            return first
         return func(*args, **kwargs)
+
+
+def _is_in_place(func: Any) -> bool:
+    name: str = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.startswith("_")
 
 
 def build(cls: type[Module], config: Any, limit: int | None = None) -> Module:

@@ -13,9 +13,9 @@ from typing import Any
 from russet.checkpoints import weight_names
 from russet.checkpoints.classes import TABLE, Entry, find
 from russet.checkpoints.files import Weights, open_shards, open_weights
-from russet.checkpoints.json_files import read_json
 from russet.checkpoints.weight_names import Choice
 from russet.errors import ConfigError, MissingFile, UnsafeFile
+from russet.smallfiles import read_json
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from russet.checkpoints.json_files import parse_json
 from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, StoredFile, StoredTensor
 from russet.errors import CorruptFile
+from russet.smallfiles import parse_json
 
 HEADER_LIMIT = 32 << 20  # bytes; the header of a full SDXL file has 0.4 MB
 

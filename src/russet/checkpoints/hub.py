@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from russet.checkpoints import folder, hub_errors, weight_names
 from russet.checkpoints.classes import Entry
-from russet.checkpoints.json_files import read_json
 from russet.checkpoints.options import Options
 from russet.checkpoints.weight_names import Choice
 from russet.errors import HubError, MissingFile
+from russet.smallfiles import read_json
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,7 @@ def fetch_pipeline(repo: str, options: Options, skipped: Collection[str] = ()) -
         CheckpointError, ConfigError: what it holds is no pipeline that can be loaded.
     """
     view = _View.of(repo, options)
-    if folder.INDEX not in view.names:
-        raise MissingFile(
-            f"{repo} on the Hub has no {folder.INDEX}: it is not a pipeline in Diffusers form. A single file in it is "
-            f'loaded with StableDiffusionPipeline.from_single_file("{repo}/FILE.safetensors")'
-        )
-    index = folder.parse_index(read_json(view.fetch(folder.INDEX)), f"{repo}, {folder.INDEX}")
+    index = _index(view)
     choices: dict[str, Choice] = {}
     names: list[str] = []
     for part, entry in index.entries(skipped).items():
@@ -61,6 +56,25 @@ def fetch_pipeline(repo: str, options: Options, skipped: Collection[str] = ()) -
             choices[part] = choice
     folder.check_variant(choices, options.variant, repo)
     return view.fetch_all(names)
+
+
+def fetch_configs(repo: str, options: Options) -> Path:
+    """The local copy of a pipeline's repository with its configs and tokenizers and no weights; raises as
+    ``fetch_pipeline`` does.
+    """
+    view = _View.of(repo, options)
+    files = {"config.json", "scheduler_config.json", *TOKENIZER_FILES}
+    wanted = {f"{part}/{name}" for part in _index(view).parts for name in files}
+    return view.fetch_all([folder.INDEX, *sorted(wanted & set(view.names))])
+
+
+def _index(view: _View) -> folder.Index:
+    if folder.INDEX not in view.names:
+        raise MissingFile(
+            f"{view.repo} on the Hub has no {folder.INDEX}: it is not a pipeline in Diffusers form. A single file in it is "
+            f'loaded with StableDiffusionPipeline.from_single_file("{view.repo}/FILE.safetensors")'
+        )
+    return folder.parse_index(read_json(view.fetch(folder.INDEX)), f"{view.repo}, {folder.INDEX}")
 
 
 def fetch_component(repo: str, entry: Entry, options: Options, subfolder: str = "") -> Path:
