@@ -5,6 +5,7 @@
     chunked(…)         queries and keys in pieces; no score matrix ever exists as a whole
     padded(inner, …)   ``inner`` on zero-padded head dimensions
     upcast(inner)      ``inner`` in float32
+    contiguous(inner)  ``inner`` on operands whose memory is in order
 
 All share one signature and one result. Those with settings are frozen dataclasses in lower case, since they act as
 functions: they compare, hash and print as the call that made them, which is what a log should show.
@@ -182,6 +183,16 @@ class upcast:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         wide = None if mask is None else mask.float()
         return self.inner(q.float(), k.float(), v.float(), scale, wide).to(q.dtype)
+
+
+@dataclass(frozen=True)
+class contiguous:  # noqa: N801
+    """``inner`` on operands whose memory is in order: kernels exist that read strided ones wrongly."""
+
+    inner: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        return self.inner(q.contiguous(), k.contiguous(), v.contiguous(), scale, mask)
 
 
 def _spread(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

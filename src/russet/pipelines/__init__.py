@@ -1,0 +1,1 @@
+"""From a prompt to a picture. Start reading in ``engine.py``."""

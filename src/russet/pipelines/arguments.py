@@ -1,0 +1,113 @@
+"""Checks of what a caller gave: every one says the argument's name, what is allowed and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
+
+
+def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+    """A whole number in a range; a bool is none."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be a whole number, not {shown(value)}")
+    return int(in_range(name, int(value), least, most))
+
+
+def number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> float:
+    """A finite number in a range; a bool is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be a number, not {shown(value)}")
+    if not math.isfinite(value):
+        raise InputError(f"{name} must be finite, not {value}")
+    return in_range(name, float(value), least, most)
+
+
+def in_range(name: str, value: float, least: float | None, most: float | None) -> float:
+    if least is not None and value < least:
+        raise InputError(f"{name} must be at least {least}, not {value}")
+    if most is not None and value > most:
+        raise InputError(f"{name} must be at most {most}, not {value}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """A bool and nothing else."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False, not {shown(value)}")
+    return value
+
+
+def function(name: str, value: Any) -> Callable[..., Any]:
+    """Something that can be called."""
+    if not callable(value):
+        raise ArgumentTypeError(f"{name} must be a function, not {shown(value)}")
+    return value  # type: ignore[no-any-return]
+
+
+def one_of(name: str, value: Any, options: Collection[Any]) -> Any:
+    """One of a few values."""
+    if not isinstance(value, (str, int, float, type(None))) or value not in options:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, options))}, not {shown(value)}")
+    return value
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """A text or a list of texts, as a list."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ArgumentTypeError(f"{name} must be a text or a list of texts, not {shown(value)}")
+    if not value:
+        raise InputError(f"{name} is an empty list; give at least one text")
+    return list(value)
+
+
+def numbers_list(name: str, value: Any) -> list[float]:
+    """A sequence (list, array or tensor of one dimension) of finite numbers, as a list."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ArgumentTypeError(f"{name} must be a list of numbers, not {shown(value)}")
+    return [number(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
+    """A finite floating-point tensor of a shape in which None stands for any size."""
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, not {shown(value)}")
+    if not value.is_floating_point():
+        raise ArgumentTypeError(f"{name} must hold floating-point numbers, not {value.dtype}")
+    wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+    if value.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
+        raise InputError(f"{name} must have the shape {wanted}, not {list(value.shape)}")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name} holds values that are not finite (NaN or infinity)")
+    return value
+
+
+def refuse_unknown(given: Mapping[str, Any], known_elsewhere: Mapping[str, str], where: str) -> None:
+    """Raises UnsupportedArgument for keyword arguments that ``where`` does not take.
+
+    ``known_elsewhere`` names the arguments of Diffusers that Russet lacks, each with what to do instead. Those are let
+    pass while they are None, which asks for nothing.
+    """
+    for name, value in given.items():
+        if name not in known_elsewhere:
+            raise UnsupportedArgument(f"{where} has no argument {name!r}; see help({where.split('(')[0]})")
+        if value is not None:
+            raise UnsupportedArgument(f"{where}: Diffusers has {name!r}, Russet does not: {known_elsewhere[name]}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it: its type, and its text where that is short."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    text = repr(value)
+    return f"{text} ({type(value).__name__})" if len(text) <= 60 else f"a {type(value).__name__}"

@@ -1,0 +1,303 @@
+"""What all pipelines share: their components, where those come from, where they are, and the plan for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from russet.checkpoints import load, save
+from russet.devices.facts import best_device, read_facts
+from russet.devices.memory import Sizes
+from russet.devices.plan import Plan, Request, plan
+from russet.errors import ArgumentTypeError, InputError
+from russet.pipelines import arguments, placement
+from russet.pipelines.switches import Switches
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One component that a pipeline is made of: the class it must have, and whether it may be None."""
+
+    kind: type
+    optional: bool = False
+
+
+class DiffusionPipeline(Switches):
+    """Base of all pipelines. ``DiffusionPipeline.from_pretrained`` returns the pipeline that the checkpoint names.
+
+    Components are plain attributes: ``pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)``.
+    """
+
+    parts: ClassVar[Mapping[str, Part]] = {}
+
+    def __init__(self, *, requires_safety_checker: bool = True, **components: Any) -> None:
+        check_components(type(self).__name__, self.parts, components)
+        self.requires_safety_checker = arguments.flag("requires_safety_checker", requires_safety_checker)
+        self.index: Mapping[str, Any] = {}
+        self._device = torch.device("cpu")
+        self._dtype: torch.dtype | None = None  # what the user asked for; None: the plan decides
+        self._as_given: frozenset[str] = frozenset(self.parts)  # whose precision the plan leaves alone
+        super().__init__()
+        for name in self.parts:
+            setattr(self, name, components.get(name))
+
+    # -- where components come from and go to
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
+        requires_safety_checker: bool | None = None,
+        **components: Any,
+    ) -> Self:
+        """Reads a pipeline, on the CPU; ``.to(device)`` moves it.
+
+        Args:
+            pretrained_model_name_or_path: a Hub repository ("owner/name"), a local folder in Diffusers form, or
+                "mini", the model that Russet carries.
+            torch_dtype, dtype: the precision of all networks, a ``torch.dtype`` or its name. Left out it is float32
+                on the CPU and half precision on mps and cuda; the result of a call says which was used, and why.
+            variant: reads ``model.VARIANT.safetensors`` where there is such a file, "fp16" for example.
+            revision, cache_dir, token, force_download, local_files_only: as in huggingface_hub.
+            use_safetensors: True refuses pickled weights, False prefers them, None takes what is there.
+            requires_safety_checker: whether a missing safety checker is worth a warning; left out, as the folder says.
+            **components: used in place of the checkpoint's own (``vae=…``, ``scheduler=…``); None leaves one out
+                (``safety_checker=None``).
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged, unsafe, or does not fit its configs.
+            ConfigError: a config cannot be built.
+            InputError: an argument has a wrong type or value, or names no component.
+        """
+        precision = load.read_dtype(torch_dtype=torch_dtype, dtype=dtype)
+        options = load.Options(
+            variant=variant,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            force_download=force_download,
+            use_safetensors=use_safetensors,
+        )
+        loaded = load.pipeline(pretrained_model_name_or_path, overrides=components, dtype=precision, options=options)
+        return cls.assemble(loaded, precision, given=components, requires_safety_checker=requires_safety_checker)
+
+    @classmethod
+    def assemble(
+        cls,
+        loaded: load.Loaded,
+        dtype: torch.dtype | None,
+        *,
+        given: Mapping[str, Any],
+        requires_safety_checker: bool | None = None,
+    ) -> Self:
+        """Makes the pipeline out of what was read. ``given`` are the components that the caller brought along."""
+        from russet.pipelines.classes import pipeline_class
+
+        kind = pipeline_class(loaded.class_name) if cls is DiffusionPipeline else cls
+        check_components(f"{loaded.source} ({kind.__name__})", kind.parts, loaded.components)
+        if requires_safety_checker is None:
+            requires_safety_checker = bool(loaded.index.get("requires_safety_checker", True))
+        pipe = kind(requires_safety_checker=requires_safety_checker, **loaded.components)
+        pipe.index = loaded.index
+        pipe._dtype = dtype
+        pipe._as_given = frozenset(given)
+        pipe._place()
+        assert isinstance(pipe, cls)
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Writes a folder in Diffusers form, which Diffusers and Russet read.
+
+        Raises:
+            CheckpointError: the folder cannot be written; what stood there before is intact.
+        """
+        index = {**self.index, "requires_safety_checker": self.requires_safety_checker}
+        save.pipeline(
+            save_directory,
+            type(self).__name__,
+            self.components,
+            index,
+            variant=variant,
+            safe_serialization=safe_serialization,
+            max_shard_size=max_shard_size,
+        )
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Name → component, None where it was left out; ``OtherPipeline(**pipe.components)`` shares them."""
+        return {name: getattr(self, name) for name in self.parts}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The components that hold weights."""
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    def __repr__(self) -> str:
+        parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items() if part is not None)
+        return "\n".join([f"{type(self).__name__} on {self.device}, {placement.dtype_name(self.dtype)}", *parts])
+
+    # -- where they are
+
+    def to(self, *target: str | torch.device | torch.dtype, **named: Any) -> Self:
+        """Moves the pipeline to a device, a precision, or both: ``pipe.to("mps")``, ``pipe.to("cuda", torch.float16)``.
+
+        A precision given here or to ``from_pretrained`` is obeyed. Without one it follows the device: float32 on the
+        CPU, half precision on mps and cuda, except where that is known to go wrong.
+
+        Raises:
+            DeviceError: the device is not there.
+            InputError: what was given is neither a device nor a precision.
+        """
+        device, dtype = read_target(target, named)
+        before = self._device, self._dtype, self._as_given
+        if device is not None:
+            read_facts(device)  # raises where it is not there
+            self._device = device
+        if dtype is not None:
+            self._dtype, self._as_given = dtype, frozenset()
+        try:
+            self._place()
+        except BaseException:
+            self._device, self._dtype, self._as_given = before
+            self._place()
+            raise
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Keeps each network on the CPU while it does not work; slower by the time that moving them takes.
+
+        gpu_id, device: where to compute; left out, where the pipeline is, or the best device if that is the CPU.
+        """
+        self._offload("model", gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Keeps each layer on the CPU while it does not work: the least memory, and the slowest."""
+        self._offload("sequential", gpu_id, device)
+
+    def _offload(self, mode: str, gpu_id: int | None, device: str | torch.device | None) -> None:
+        if gpu_id is not None and device is not None:
+            raise InputError("give either gpu_id or device, and not both")
+        if gpu_id is not None:
+            device = f"cuda:{arguments.integer('gpu_id', gpu_id, least=0)}"
+        if device is None:
+            device = self._device if self._device.type != "cpu" else best_device()
+        self._choose(offload=mode)
+        self.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its main network."""
+        main = self.networks.get("unet") or next(iter(self.networks.values()))
+        return next(main.parameters()).dtype
+
+    def plan(
+        self, *, height: int | None = None, width: int | None = None, num_images: int = 1, guidance_scale: float = 7.5
+    ) -> Plan:
+        """What Russet decides for a picture of this size on this device, each decision with its reason.
+
+        Sizes in pixels; left out they are what the model was trained at. ``print(pipe.plan())`` reads as text.
+
+        Raises:
+            DoesNotFit: the work needs more memory than there is; the error names the largest size that would fit.
+        """
+        sizes = self.sizes(height, width, num_images, guided=guidance_scale > 1)
+        return plan(read_facts(self._device), sizes, self._request())
+
+    def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
+        """The numbers that a plan is made from; each pipeline knows how its components hang together."""
+        raise InputError(f"{type(self).__name__} draws nothing itself; use a pipeline such as StableDiffusionPipeline")
+
+    def _request(self) -> Request:
+        """What the user decided: the switches, and the precision of what came with one."""
+        wanted = {}
+        for name, network in self.networks.items():
+            dtype = next(network.parameters()).dtype if name in self._as_given else self._dtype
+            if dtype is not None:
+                wanted[name] = placement.dtype_name(dtype)
+        return dataclasses.replace(self._choices, dtype=wanted)
+
+    def _place(self) -> None:
+        """Puts every network where the plan wants it between calls, in its precision and layout."""
+        decided = self.plan()
+        for name, network in self.networks.items():
+            home = placement.home(name, decided, self._device)
+            network.to(home, placement.dtype_named(decided[f"dtype.{name}"]))
+            placement.layout(network, decided["memory_format"])
+
+
+def check_components(where: str, parts: Mapping[str, Part], components: Mapping[str, Any]) -> None:
+    """Raises unless each component is there and of its kind, and there is no other.
+
+    Raises:
+        ArgumentTypeError: a component of another class, or one missing that the pipeline cannot do without.
+        InputError: a component that the pipeline does not have.
+    """
+    if foreign := [name for name, part in components.items() if name not in parts and part is not None]:
+        raise InputError(f"{where} has no component {', '.join(foreign)}; it has {', '.join(parts)}")
+    for name, part in parts.items():
+        component = components.get(name)
+        if component is None and part.optional:
+            continue
+        # a network may come wrapped (torch.compile), so it is known by its config too
+        config_class = getattr(part.kind, "config_class", None)
+        wrapped = config_class is not None and isinstance(getattr(component, "config", None), config_class)
+        if not isinstance(component, part.kind) and not wrapped:
+            came = "nothing" if component is None else f"{type(component).__module__}.{type(component).__name__}"
+            raise ArgumentTypeError(f"{where}: {name} must be a russet {part.kind.__name__}, not {came}")
+
+
+def read_target(target: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """The arguments of ``to``: a device, a precision, or both, in either order."""
+    known = ("device", "dtype", "torch_dtype")
+    if unknown := [name for name in named if name not in (*known, "silence_dtype_warnings")]:
+        raise InputError(f"to() takes {', '.join(known)}, not {', '.join(unknown)}")
+    devices: list[torch.device] = []
+    dtypes: list[torch.dtype | None] = []
+    for one in (*target, *(named.get(name) for name in known)):
+        if isinstance(one, torch.dtype):
+            dtypes.append(load.read_dtype(dtype=one))
+        elif isinstance(one, (str, torch.device)):
+            devices.append(read_device(one))
+        elif one is not None:
+            raise ArgumentTypeError(f"to() takes a device or a torch.dtype, not {arguments.shown(one)}")
+    if len(devices) > 1 or len(dtypes) > 1:
+        raise InputError("to() takes one device and one precision")
+    return next(iter(devices), None), next(iter(dtypes), None)
+
+
+def read_device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"{name!r} is no device; use 'mps', 'cuda', 'cuda:1' or 'cpu'") from None

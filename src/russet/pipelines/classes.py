@@ -1,0 +1,23 @@
+"""The one table from a checkpoint's pipeline name to the pipeline."""
+
+from __future__ import annotations
+
+from russet.errors import ConfigError
+from russet.pipelines.base import DiffusionPipeline
+from russet.pipelines.stable_diffusion import StableDiffusionPipeline
+
+PIPELINES: dict[str, type[DiffusionPipeline]] = {"StableDiffusionPipeline": StableDiffusionPipeline}
+
+
+def pipeline_class(name: str) -> type[DiffusionPipeline]:
+    """The pipeline that a ``model_index.json`` names.
+
+    Raises:
+        ConfigError: Russet has no such pipeline.
+    """
+    if name not in PIPELINES:
+        raise ConfigError(
+            f"model_index.json asks for a {name}, which Russet does not have; it has {', '.join(PIPELINES)}. "
+            "Load it as one of those by calling from_pretrained on that class"
+        )
+    return PIPELINES[name]

@@ -1,0 +1,125 @@
+"""Wrappers of ``Predict``: what changes how the denoiser is called, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from russet.models.unet import UNet2DConditionModel
+from russet.pipelines.engine import Predict
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv:2207.12598).
+
+    scale: how far to go from the unconditional towards the conditional answer; 1 and below is no guidance.
+    rescale: 0..1, how much of the guided answer's contrast is set back (arXiv:2305.08891, section 3.4).
+    both: whether the solver needs the answer without the prompt as well (CFG++, arXiv:2406.08070).
+    """
+
+    scale: float = 7.5
+    rescale: float = 0.0
+    both: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        return self.scale > 1 or self.both
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told besides the latents.
+
+    positive: [B, N, D], the encoded prompts.
+    negative: [B, N, D], the encoded negative prompts; None leaves guidance out.
+    """
+
+    positive: Tensor
+    negative: Tensor | None = None
+
+    @property
+    def joined(self) -> Tensor:
+        """[2B, N, D] with the negative half first, or [B, N, D] without guidance."""
+        return self.positive if self.negative is None else torch.cat([self.negative, self.positive])
+
+    def rows(self, start: int, stop: int) -> Conditioning:
+        """The part that belongs to some of the images."""
+        return Conditioning(self.positive[start:stop], None if self.negative is None else self.negative[start:stop])
+
+    def repeated(self, times: int) -> Conditioning:
+        """Each row ``times`` times in a row: several images of one prompt."""
+        if times == 1:
+            return self
+        positive = self.positive.repeat_interleave(times, dim=0)
+        return Conditioning(positive, None if self.negative is None else self.negative.repeat_interleave(times, dim=0))
+
+
+def predictor(unet: UNet2DConditionModel, conditioning: Conditioning, guidance: Guidance, at_once: int) -> Predict:
+    """The denoiser of one run: guided where there is a negative half, at most ``at_once`` images to a call."""
+
+    def part(rows: Conditioning) -> Predict:
+        bare = unet_predict(unet, rows.joined, guidance)
+        return bare if rows.negative is None else guided(bare, guidance)
+
+    images = conditioning.positive.shape[0]
+    starts = range(0, images, at_once)
+    return micro_batched([part(conditioning.rows(start, start + at_once)) for start in starts], at_once)
+
+
+def unet_predict(unet: UNet2DConditionModel, context: Tensor, guidance: Guidance) -> Predict:
+    """The bare denoiser for context [B, N, D]. Works in the UNet's precision, answers in float32."""
+    context = context.to(unet.dtype)
+    width = unet.config.time_cond_proj_dim
+    told = None if width is None else guidance_embedding(guidance.scale, width).to(context).expand(len(context), -1)
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        output: Tensor = unet(x.to(unet.dtype), t, context, timestep_cond=told, return_dict=False)[0]
+        return output.float()
+
+    return predict
+
+
+def guided(pair: Predict, guidance: Guidance) -> Predict:
+    """Classifier-free guidance around a denoiser of 2B rows, the negative half first."""
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        without, with_prompt = pair(torch.cat([x, x]), t).chunk(2)
+        output = without + guidance.scale * (with_prompt - without)
+        if guidance.rescale > 0:
+            output = rescaled(output, with_prompt, guidance.rescale)
+        return torch.cat([output, without], dim=1) if guidance.both else output
+
+    return predict
+
+
+def rescaled(output: Tensor, with_prompt: Tensor, rescale: float) -> Tensor:
+    """Sets each image's deviation back towards that of the answer with the prompt (arXiv:2305.08891, eq. 15–16)."""
+    axes = tuple(range(1, output.dim()))
+    same_deviation = output * (with_prompt.std(dim=axes, keepdim=True) / output.std(dim=axes, keepdim=True))
+    return rescale * same_deviation + (1 - rescale) * output
+
+
+def micro_batched(parts: Sequence[Predict], rows: int) -> Predict:
+    """One denoiser out of several that each know ``rows`` of the images (the last one perhaps fewer).
+
+    The latents of all images stay together, so the pictures are those of one large batch.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return lambda x, t: torch.cat([part(piece, t) for part, piece in zip(parts, torch.split(x, rows), strict=True)])
+
+
+def guidance_embedding(scale: float, width: int) -> Tensor:
+    """[1, width]: the guidance scale as a distilled UNet is told it (arXiv:2310.04378, section 4.2).
+
+    A sinusoidal embedding of 1000 × (scale − 1), sines first, frequencies from 1 to 1/10000.
+    """
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * (scale - 1.0) * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]

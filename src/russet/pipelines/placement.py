@@ -1,0 +1,145 @@
+"""Carries a plan out: where the networks are, in which precision and layout, and how they attend.
+
+The plan (``russet.devices.plan``) decides; nothing here does. What each decision asks for is said in
+``russet.devices.choices.MEANING``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from russet import attention
+from russet.attention import Attention
+from russet.devices.plan import AttentionChoice, Plan, Tile
+from russet.models.base import Model
+from russet.models.tiling import Tiling
+from russet.models.vae import AutoencoderKL
+
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """``"float16"`` → ``torch.float16``."""
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float16`` → ``"float16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def attention_of(plan: Plan, component: str, *, upcast: bool = False) -> Attention:
+    """The attention that the plan chose for a component; ``upcast`` insists on float32 scores."""
+    choice = plan.attention(component)
+    if upcast:
+        choice = dataclasses.replace(choice, upcast=True)
+    return built(choice, contiguous=plan["contiguous_attention"])
+
+
+def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
+    """An attention as described, inside out: the kind, then float32 scores, then padded heads, then contiguity."""
+    made: Attention = attention.fused
+    if choice.kind == "sliced":
+        made = attention.sliced(choice.rows or 1)
+    elif choice.kind == "chunked":
+        made = attention.chunked(choice.queries or 1, choice.keys)
+    if choice.upcast:
+        made = attention.upcast(made)
+    if choice.pad:
+        made = attention.padded(made, choice.pad)
+    return attention.contiguous(made) if contiguous else made
+
+
+def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
+    """Hands every network that attends the attention that the plan chose for it."""
+    for name in ("text_encoder", "unet", "vae"):
+        if isinstance(network := networks.get(name), Model):
+            network.set_attention(attention_of(plan, name))
+
+
+@contextlib.contextmanager
+def tiled(vae: AutoencoderKL, tile: Tile | None) -> Iterator[None]:
+    """Has the VAE work in the plan's tiles for as long as the block lasts; None leaves it as it is."""
+    before = vae.tiling
+    if tile is not None:
+        vae.tiling = Tiling(tile.size, tile.overlap)
+    try:
+        yield
+    finally:
+        vae.tiling = before
+
+
+def layout(module: nn.Module, memory_format: str) -> None:
+    """Puts the weights of all convolutions in a memory format; other parameters have only one."""
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            child.weight.data = child.weight.data.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+
+
+def home(component: str, plan: Plan, device: torch.device) -> torch.device:
+    """Where a network is while it does not work."""
+    aside = component == "text_encoder" and plan.text_encoder == "cpu"
+    return torch.device("cpu") if aside or plan.offload is not None else device
+
+
+@contextlib.contextmanager
+def at_work(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[None]:
+    """Has a network ready on the device for as long as the block lasts, as the plan's "offload" says."""
+    resting = next(module.parameters()).device
+    if plan.offload == "sequential":
+        with streamed(module, device):
+            yield
+    elif plan.offload == "model":
+        module.to(device)
+        try:
+            yield
+        finally:
+            module.to(resting)
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def streamed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Moves each layer's own parameters to the device just before it computes, and drops them right after."""
+    home: dict[nn.Module, dict[str, nn.Parameter]] = {}
+
+    def arrive(layer: nn.Module, args: Any) -> None:
+        home[layer] = dict(own_parameters(layer))
+        for name, parameter in home[layer].items():
+            layer._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        layer._parameters.update(home.pop(layer))
+
+    layers = [layer for layer in module.modules() if own_parameters(layer)]
+    buffers = [(owner, name, b) for owner in module.modules() for name, b in owner._buffers.items() if b is not None]
+    hooks = [
+        hook
+        for layer in layers
+        for hook in (layer.register_forward_pre_hook(arrive), layer.register_forward_hook(leave))
+    ]
+    try:
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer.to(device)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, parameters in home.items():  # layers that an error left in the middle of their work
+            layer._parameters.update(parameters)
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a layer holds itself, those of its children left out."""
+    return {name: p for name, p in layer._parameters.items() if p is not None}

@@ -1,0 +1,97 @@
+"""Pictures that stay finite: what to do when half precision has overflowed.
+
+A number that is not finite stays so through every later step, so it is enough to look now and then: each look waits
+for the device. The work then goes on from the last latents that were good, in more precise arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from russet.devices.plan import Plan
+from russet.models.base import Model
+from russet.models.vae import AutoencoderKL
+from russet.pipelines import engine, placement
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY = 5  # steps
+
+
+@dataclass(frozen=True)
+class Good:
+    """A place in a run to go on from: the step that begins there, its latents, and the state of the noise."""
+
+    step: int
+    latents: Tensor
+    noise: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """More precise arithmetic for one network: its name in words, and how to switch it on."""
+
+    name: str
+    switch_on: Callable[[], object]
+
+    def apply(self) -> str:
+        """Switches it on; returns what the result is to say about it."""
+        self.switch_on()
+        note = f"a value was not finite (half precision overflowed): went on with the {self.name}"
+        log.warning(note)
+        return note
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite; waits for the device."""
+    return bool(torch.isfinite(x).all())
+
+
+def remedies(name: str, network: Model, plan: Plan) -> list[Remedy]:
+    """What can be tried for a network, the cheapest first; nothing where it computes in float32 already."""
+    if network.dtype == torch.float32:
+        return []
+    precise = placement.attention_of(plan, name, upcast=True)
+    return [
+        Remedy(f"{name}'s attention in float32", lambda: network.set_attention(precise)),
+        Remedy(f"whole {name} in float32", lambda: network.to(torch.float32)),
+    ]
+
+
+@contextlib.contextmanager
+def restored(name: str, network: Model, plan: Plan) -> Iterator[None]:
+    """Undoes afterwards what remedies did: half-precision weights go to float32 and back without a loss."""
+    dtype = network.dtype
+    try:
+        yield
+    finally:
+        if network.dtype != dtype:
+            network.to(dtype)
+            network.set_attention(placement.attention_of(plan, name))
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
+    """Latents → pixels [B, 3, H, W] on the CPU; not finite or all black, they are made again more precisely."""
+    notes: list[str] = []
+    left = remedies("vae", vae, plan)
+    with restored("vae", vae, plan):
+        while True:
+            pixels = engine.decode(vae, latents, plan.vae_batch).cpu()
+            if is_picture(pixels) or not left:
+                break
+            notes.append(left.pop(0).apply())
+    if not is_finite(pixels):
+        notes.append("the picture is not finite even in float32: its latents or the VAE's weights must be damaged")
+        pixels = torch.nan_to_num(pixels, nan=-1.0)
+    return pixels, tuple(notes)
+
+
+def is_picture(pixels: Tensor) -> bool:
+    """Whether all values are finite and no picture is black from edge to edge."""
+    return is_finite(pixels) and bool((pixels.flatten(1) > -1).any(dim=1).all())

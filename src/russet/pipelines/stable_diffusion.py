@@ -1,0 +1,313 @@
+"""Stable Diffusion 1.x and 2.x: text to image. A typed front: it builds a request and hands it to the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from russet.devices.plan import Plan
+from russet.devices.sizes import Sizes
+from russet.errors import ConfigError, InputError
+from russet.image_processor import CLIPImageProcessor
+from russet.images import as_output
+from russet.models.clip_text import CLIPTextModel
+from russet.models.safety_checker import StableDiffusionSafetyChecker
+from russet.models.unet import UNet2DConditionModel
+from russet.models.vae import AutoencoderKL
+from russet.pipelines import arguments, placement, rescue, safety
+from russet.pipelines import prompt as prompts
+from russet.pipelines.base import DiffusionPipeline, Part
+from russet.pipelines.clock import Clock
+from russet.pipelines.guidance import Conditioning
+from russet.pipelines.output import StableDiffusionPipelineOutput
+from russet.pipelines.request import Geometry, TextToImage
+from russet.pipelines.sampling import Sampling
+from russet.pipelines.start import NoiseSource
+from russet.schedulers.schedule import Schedule
+from russet.schedulers.scheduler import Scheduler
+from russet.tokenizer import CLIPTokenizer
+
+log = logging.getLogger(__name__)
+
+ELSEWHERE = {
+    "cross_attention_kwargs": "there are no attention processors to pass arguments to",
+    "ip_adapter_image": "IP-Adapters are not supported",
+    "ip_adapter_image_embeds": "IP-Adapters are not supported",
+    "callback": "use callback_on_step_end",
+    "callback_steps": "use callback_on_step_end, which is called after every step",
+}
+
+
+class StableDiffusionPipeline(DiffusionPipeline):
+    """Text to image with Stable Diffusion 1.x and 2.x (arXiv:2112.10752).
+
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler: the components.
+        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None.
+    """
+
+    parts: ClassVar = {
+        "vae": Part(AutoencoderKL),
+        "text_encoder": Part(CLIPTextModel, optional=True),
+        "tokenizer": Part(CLIPTokenizer, optional=True),
+        "unet": Part(UNet2DConditionModel),
+        "scheduler": Part(Scheduler),
+        "safety_checker": Part(StableDiffusionSafetyChecker, optional=True),
+        "feature_extractor": Part(CLIPImageProcessor, optional=True),
+    }
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel | None
+    tokenizer: CLIPTokenizer | None
+    unet: UNet2DConditionModel
+    scheduler: Scheduler
+    safety_checker: StableDiffusionSafetyChecker | None
+    feature_extractor: CLIPImageProcessor | None
+
+    def __init__(self, **components: Any) -> None:
+        super().__init__(**components)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self.interrupt = False
+        if self.safety_checker is not None and self.feature_extractor is None:
+            raise InputError("a safety_checker needs a feature_extractor, which prepares the pictures for it")
+        if self.safety_checker is None and self.requires_safety_checker:
+            log.warning("this pipeline has no safety checker: no picture is looked at before it is returned")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generator | Sequence[Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance_rescale: float = 0.0,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        seed: int | Sequence[int] | None = None,
+        **others: Any,
+    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
+        """Draws pictures. Every argument is checked before any work begins.
+
+        Args:
+            prompt: what to draw; a list draws one picture each.
+            height, width: in pixels, divisible by 8; left out, what the model was trained at.
+            num_inference_steps: at least 1; more is slower and finer, up to a point.
+            timesteps, sigmas: the caller's own, descending, instead of ``num_inference_steps``.
+            guidance_scale: how closely to follow the prompt; 1 and below switches guidance off (arXiv:2207.12598).
+            negative_prompt: what not to draw; one text for all, or one per prompt.
+            num_images_per_prompt: pictures per prompt, at least 1.
+            eta: 0..1, how much noise DDIM adds again in each step (arXiv:2010.02502, eq. 16).
+            generator: where the noise comes from, one ``torch.Generator`` for all pictures or a list with one each.
+            latents: the starting noise itself, [B, C, h, w], standard normal.
+            prompt_embeds, negative_prompt_embeds: encoded prompts [B, N, D] in place of texts.
+            output_type: "pil", "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1) or "latent".
+            return_dict: False returns the tuple (images, nsfw_content_detected).
+            guidance_rescale: 0..1, against overexposure from guidance (arXiv:2305.08891, section 3.4).
+            clip_skip: how many of the text encoder's last layers to leave out for the prompt.
+            callback_on_step_end: called as ``f(pipe, index, t, tensors)`` after every model call. What it returns,
+                a dict of the same names, replaces those tensors.
+            callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" it gets.
+            seed: one stream of noise per picture: a number (the second picture has ``seed + 1``, and so on), or one per
+                picture. The same seed gives the same picture on every device and in every batch.
+
+        Raises:
+            InputError: an argument is wrong, or Russet lacks it.
+            DoesNotFit: the pictures need more memory than the device has.
+        """
+        arguments.refuse_unknown(others, ELSEWHERE, "StableDiffusionPipeline()")
+        arguments.flag("return_dict", return_dict)
+        request = TextToImage.of(
+            self.geometry,
+            {
+                "prompt": prompt,
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "timesteps": timesteps,
+                "sigmas": sigmas,
+                "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt,
+                "eta": eta,
+                "generator": generator,
+                "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type,
+                "guidance_rescale": guidance_rescale,
+                "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                "seed": seed,
+            },
+            both=self.scheduler.needs_unconditional,
+        )
+        output = self.draw(request)
+        return output if return_dict else output.to_tuple()
+
+    def draw(self, request: TextToImage) -> StableDiffusionPipelineOutput:
+        """Carries a checked request out: text, denoising, decoding."""
+        schedule = self.scheduler.schedule(
+            request.steps, timesteps=request.timesteps, sigmas=request.sigmas, eta=request.eta
+        )
+        plan = self.plan(
+            height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
+        )
+        placement.carry_out(plan, self.networks)
+        clock = Clock()
+        with clock.phase("text"):
+            conditioning = self.encode(request, plan)
+        with clock.phase("denoise"):
+            latents, notes = self.denoise(request, schedule, conditioning, plan)
+        images: Any = latents
+        flags = None
+        if request.output_type != "latent":
+            with clock.phase("decode"):
+                pixels, flags, more = self.develop(latents, plan)
+                images, notes = as_output(pixels, request.output_type), notes + more
+        return StableDiffusionPipelineOutput(images, flags, request.seeds, clock.seconds, plan, notes)
+
+    def encode(self, request: TextToImage, plan: Plan) -> Conditioning:
+        """The conditioning of all images, on the device. The negative half is there only where guidance is."""
+        positive, negative = request.prompt_embeds, request.negative_prompt_embeds
+        if request.prompts is not None:
+            positive = self.encode_texts(request.prompts, plan, request.clip_skip)
+        if not self.guided(request):
+            negative = None
+        elif request.negatives is not None:
+            negative = self.encode_texts(request.negatives, plan)  # clip_skip is for the prompt alone, as in Diffusers
+        assert positive is not None
+        halves = Conditioning(positive.to(self.device), None if negative is None else negative.to(self.device))
+        return halves.repeated(request.images_per_prompt)
+
+    def encode_texts(self, texts: Sequence[str], plan: Plan, clip_skip: int = 0) -> Tensor:
+        """[B, N, D]; each different text is encoded once."""
+        assert self.tokenizer is not None
+        assert self.text_encoder is not None
+        different = list(dict.fromkeys(texts))
+        with placement.at_work(self.text_encoder, plan, self.device):
+            encoded = prompts.encode(self.tokenizer, self.text_encoder, different, clip_skip)
+        return torch.stack([encoded[different.index(text)] for text in texts])
+
+    def guided(self, request: TextToImage) -> bool:
+        """Whether the denoiser is asked twice. One that was distilled to be told the scale itself is asked once."""
+        return request.guidance.wanted and self.unet.config.time_cond_proj_dim is None
+
+    def denoise(
+        self, request: TextToImage, schedule: Schedule, conditioning: Conditioning, plan: Plan
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Noise → latents [B, C, h, w], and notes on what went otherwise than planned."""
+        geometry = self.geometry
+        shape = (request.images, geometry.channels, request.height // geometry.factor, request.width // geometry.factor)
+        noise = NoiseSource(request.generators, shape, self.device)
+        start = noise() if request.latents is None else request.latents.to(self.device, torch.float32)
+        self.interrupt = False
+        self._guidance_scale = request.guidance.scale
+        self._num_timesteps = len(schedule.timesteps)
+        sampling = Sampling(self, request, conditioning, plan)
+        with placement.at_work(self.unet, plan, self.device):
+            latents = sampling.from_noise(schedule, noise, start)
+        return latents, tuple(sampling.notes)
+
+    def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
+        """Latents → pixels [B, 3, H, W] in [-1, 1] on the CPU, what the safety checker says of them, and notes."""
+        with placement.at_work(self.vae, plan, self.device), placement.tiled(self.vae, plan.vae_tile):
+            pixels, notes = rescue.decoded(self.vae, latents, plan)
+        if self.safety_checker is None or self.feature_extractor is None:
+            return pixels, None, notes
+        with placement.at_work(self.safety_checker, plan, self.device):
+            pixels, flags = safety.checked(self.safety_checker, self.feature_extractor, pixels)
+        return pixels, flags, notes
+
+    # -- what the components say about sizes
+
+    @property
+    def geometry(self) -> Geometry:
+        """What a request is checked against.
+
+        Raises:
+            ConfigError: the components do not fit each other.
+        """
+        unet, vae, text = self.unet.config, self.vae.config, self.text_encoder
+        if unet.in_channels != vae.latent_channels:
+            raise ConfigError(
+                f"the UNet takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}: "
+                "this is no text-to-image model (9 channels are for inpainting, 8 for editing by instruction)"
+            )
+        features = (
+            unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else unet.cross_attention_dim[0]
+        )
+        if text is not None and text.config.hidden_size != features:
+            raise ConfigError(
+                f"the UNet takes text of {features} features and the text encoder gives {text.config.hidden_size}"
+            )
+        sample = unet.sample_size if isinstance(unet.sample_size, tuple) else (unet.sample_size or 64,) * 2
+        return Geometry(
+            sample=(sample[0], sample[1]),
+            channels=unet.in_channels,
+            factor=vae.pixels_per_latent,
+            features=features,
+            tokens=text.config.max_position_embeddings if text is not None else 77,
+            layers=text.config.num_hidden_layers if text is not None else 1,
+            reads_text=text is not None and self.tokenizer is not None,
+        )
+
+    def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
+        geometry = self.geometry
+        return Sizes.of(
+            unet=self.unet.config,
+            vae=self.vae.config,
+            text_encoder=None if self.text_encoder is None else self.text_encoder.config,
+            safety_checker=None if self.safety_checker is None else self.safety_checker.config,
+            height=height or geometry.sample[0] * geometry.factor,
+            width=width or geometry.sample[1] * geometry.factor,
+            images=images,
+            rows=2 if guided else 1,
+        )
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along an edge."""
+        return self.geometry.factor
+
+    # -- what a callback may ask about the call that runs
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model calls in all."""
+        return self._num_timesteps
+
+    @property
+    def _interrupt(self) -> bool:  # the name that Diffusers' guides set from callbacks
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self.interrupt = value

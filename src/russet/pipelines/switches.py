@@ -1,0 +1,66 @@
+"""The switches that users of Diffusers know. Each records a choice, which wins over the plan and is listed in it.
+
+None of them is needed: without them the plan decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from russet.devices.choices import Request
+from russet.errors import ArgumentTypeError
+
+
+class Switches:
+    """What a pipeline can be told by hand about attention, the VAE and progress."""
+
+    def __init__(self) -> None:
+        self._choices = Request()
+        self._progress: dict[str, Any] = {}
+
+    def _choose(self, **choices: Any) -> None:
+        self._choices = dataclasses.replace(self._choices, **choices)
+
+    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
+        """Computes attention for some of the heads at a time, exactly and on any torch.
+
+        slice_size: "auto" for half of the heads, "max" for one at a time, a number of heads, or None to switch it off.
+
+        Raises:
+            InputError: another value.
+        """
+        self._choose(attention_slicing="off" if slice_size is None else slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Computes attention for all heads at once, even where the plan would have split it."""
+        self._choose(attention_slicing="off")
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes one picture of a batch at a time."""
+        self._choose(vae_slicing=True)
+
+    def disable_vae_slicing(self) -> None:
+        """Decodes as many pictures of a batch at once as the plan allows."""
+        self._choose(vae_slicing=None)
+
+    def enable_vae_tiling(self) -> None:
+        """Decodes large pictures in overlapping tiles, which need less memory."""
+        self._choose(vae_tiling=True)
+
+    def disable_vae_tiling(self) -> None:
+        """Decodes each picture as a whole, whatever it needs."""
+        self._choose(vae_tiling=False)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for tqdm's bar over the steps, ``disable=True`` among them."""
+        self._progress = options
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """The bar that shows the steps of a call: a tqdm over ``iterable`` or with ``total`` steps."""
+        if (iterable is None) == (total is None):
+            raise ArgumentTypeError("progress_bar takes either an iterable or a total")
+        return tqdm(iterable, total=total, **self._progress)

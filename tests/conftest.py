@@ -1,0 +1,140 @@
+"""What many tests share: the embedded model, and a tiny random pipeline as Diffusers saves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the Hub bring a server of their own
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MINI = Path(__file__).parents[1] / "src" / "russet" / "mini"
+
+
+@pytest.fixture(scope="session")
+def shared_mini() -> Any:
+    """The embedded model, loaded once. A test that changes it uses ``mini``."""
+    from russet import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("mini")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def mini(shared_mini: Any) -> Any:
+    """A pipeline of its own over the shared networks: its scheduler and its switches may be changed."""
+    pipe = type(shared_mini)(**shared_mini.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion of 64×64 pixels, safety checker and all, saved by Diffusers."""
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    tiny_reference().save_pretrained(folder)
+    return folder
+
+
+def tiny_reference() -> Any:
+    """The same as a Diffusers pipeline; random weights with a fixed seed, and mini's tokenizer."""
+    import diffusers
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    text = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
+            vocab_size=2944,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            bos_token_id=2942,
+            eos_token_id=2943,
+            pad_token_id=2943,
+        )
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
+    torch.nn.init.normal_(checker.concept_embeds)
+    torch.nn.init.normal_(checker.special_care_embeds)
+    torch.nn.init.constant_(checker.concept_embeds_weights, 2.0)  # more than a cosine: nothing is flagged
+    torch.nn.init.constant_(checker.special_care_embeds_weights, 2.0)
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text.eval(),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(MINI / "tokenizer"),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=checker,
+        feature_extractor=processor,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_folder: Path) -> Any:
+    """The tiny pipeline in Diffusers, read from the folder without its safety checker."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def shared_tiny(tiny_folder: Path) -> Any:
+    from russet import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+
+
+@pytest.fixture
+def tiny(shared_tiny: Any) -> Any:
+    """The tiny pipeline in Russet, with switches and a scheduler of its own."""
+    pipe = type(shared_tiny)(**shared_tiny.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def psnr() -> Callable[[Any, Any], float]:
+    """Peak signal-to-noise ratio in dB of two arrays in 0..1."""
+
+    def measure(a: Any, b: Any) -> float:
+        error = float(np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2))
+        return float("inf") if error == 0 else -10 * float(np.log10(error))
+
+    return measure
