@@ -14,9 +14,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from russet.checkpoints.stored import ITEM_SIZES, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Place:
             sizes, strides = shape, (*strides, 1, 1)[: len(shape)]
         packed = strides == row_major(sizes)
         return dataclasses.replace(stored, offset=offset, shape=sizes, strides=None if packed else strides)
+
+    def put(self, value: torch.Tensor) -> torch.Tensor:
+        """The file's tensor, or its third, given ours."""
+        if self.conv:
+            value = value[:, :, None, None]
+        return value.t() if self.transposed else value
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -202,7 +211,19 @@ class Part:
     prefixes: tuple[str, ...]
     translate: Translate
 
+    def spare_blocks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the file's names of layers begin with that the model does not have on purpose: SD2 takes the text
+        features before OpenCLIP's last layer, which its files keep and its configs leave out.
+        """
+        return (f"transformer.resblocks.{config['num_hidden_layers']}.",) if self.translate is openclip else ()
 
+
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
 UNET = Part("unet", ("model.diffusion_model.", "diffusion_model."), unet)
 VAE = Part("vae", ("first_stage_model.", "vae."), vae)
 LAYOUTS: Mapping[str, tuple[Part, ...]] = {
@@ -251,3 +272,9 @@ IGNORED = re.compile(
 def ignored(key: str) -> bool:
     """Whether a file's key is known and not needed to make pictures."""
     return IGNORED.fullmatch(key) is not None
+
+
+def strangers(keys: Iterable[str]) -> list[str]:
+    """The keys that belong to no network and are not known to be spare."""
+    prefixes = tuple({prefix for parts in LAYOUTS.values() for part in parts for prefix in part.prefixes})
+    return [key for key in keys if not key.startswith(prefixes) and not ignored(key)]

@@ -34,7 +34,7 @@ SIDECAR_LIMIT = 64 << 10  # bytes; the published YAML configs have 2 to 4 kB
 
 @dataclass(frozen=True)
 class Prediction:
-    """``meaning`` is None where nothing tells; ``zero_snr``: the noise schedule ends in pure noise; ``why``: the evidence."""
+    """``meaning``: None where nothing tells. ``zero_snr``: the schedule ends in pure noise. ``why``: the evidence."""
 
     meaning: Meaning | None
     zero_snr: bool

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from russet.checkpoints.folder import read_index
-from russet.checkpoints.json_files import read_json
 from russet.errors import ConfigError
+from russet.smallfiles import read_json
 
 if TYPE_CHECKING:
     from russet.tokenizer import CLIPTokenizer
@@ -41,7 +41,10 @@ class Recipe:
 
     def changed(self, component: str, **changes: Any) -> Recipe:
         """The same with other values in one component's config."""
-        config = {**(self.parts.get(component) or {}), **changes}
+        return self.replaced(component, {**(self.parts.get(component) or {}), **changes})
+
+    def replaced(self, component: str, config: Mapping[str, Any] | None) -> Recipe:
+        """The same with another config for one component."""
         return dataclasses.replace(self, parts={**self.parts, component: config})
 
 
