@@ -71,8 +71,8 @@ def fetch_configs(repo: str, options: Options) -> Path:
 def _index(view: _View) -> folder.Index:
     if folder.INDEX not in view.names:
         raise MissingFile(
-            f"{view.repo} on the Hub has no {folder.INDEX}: it is not a pipeline in Diffusers form. A single file in it "
-            f'is loaded with StableDiffusionPipeline.from_single_file("{view.repo}/FILE.safetensors")'
+            f"{view.repo} on the Hub has no {folder.INDEX}: it is not a pipeline in Diffusers form. A single file in "
+            f'it is loaded with StableDiffusionPipeline.from_single_file("{view.repo}/FILE.safetensors")'
         )
     return folder.parse_index(read_json(view.fetch(folder.INDEX)), f"{view.repo}, {folder.INDEX}")
 
