@@ -1,0 +1,85 @@
+"""The command ``russet``: which commands there are, and how each of them ends.
+
+Exit codes: 0 done, 1 an error, 2 a wrong argument, 130 interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+import russet
+from russet.cli import generate, info
+from russet.errors import InputError, RussetError
+
+
+class Commands(click.Group):
+    """Commands, and a prompt: what is neither a command nor an option of the group is something to draw."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        own = {name for parameter in self.get_params(context) for name in parameter.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["generate", *args]
+        return super().parse_args(context, args)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='A prompt that is also the name of a command: russet generate "info"',
+)
+@click.version_option(russet.__version__, prog_name="russet", message="%(prog)s %(version)s")
+def app() -> None:
+    """Draws pictures from words with Stable Diffusion.
+
+    \b
+        russet "a photo of an astronaut riding a horse on mars"
+
+    is short for `russet generate "…"`; its options are in `russet generate --help`.
+    """
+
+
+for command in (generate.command, info.command):
+    app.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(run(words))
+
+
+def run(words: list[str]) -> int:
+    """Runs the command line; returns the exit code. ``--debug`` lets errors through with their traceback."""
+    debug = "--debug" in words
+    try:
+        code: Any = app([word for word in words if word != "--debug"], prog_name="russet", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, click.Abort):
+        complain("interrupted")
+        return 130
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        complain(error.format_message())
+        return error.exit_code
+    except RussetError as error:
+        if debug:
+            raise
+        complain(str(error))
+        return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        if debug:
+            raise
+        complain(
+            f"an error that should not happen: {type(error).__name__}: {error}\nrun it again with --debug to see where"
+        )
+        return 1
+
+
+def complain(message: str) -> None:
+    click.echo(f"russet: {message}", err=True)
