@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import os
 from pathlib import Path
+from typing import Any
 
 from russet.checkpoints import folder, hub
 from russet.checkpoints.locate import is_hub_id
@@ -37,17 +38,26 @@ def pull(model: str, options: Options | None = None) -> Path:
 
 def cached_models(cache_dir: str | os.PathLike[str] | None = None) -> list[CachedModel]:
     """The repositories in the cache that hold a pipeline or weights in a single file, last used first."""
-    import huggingface_hub
+    return _models(_scan(cache_dir))
 
+
+def _scan(cache_dir: str | os.PathLike[str] | None) -> Any:
+    """What huggingface_hub finds in the cache; None where there is no cache."""
+    import huggingface_hub.utils
+
+    utils: Any = huggingface_hub.utils  # which has the error in every version, some without declaring it
     try:
-        found = huggingface_hub.scan_cache_dir(cache_dir)
-    except huggingface_hub.utils.CacheNotFound:
-        return []
+        return huggingface_hub.scan_cache_dir(Options(cache_dir=cache_dir).cache)
+    except utils.CacheNotFound:
+        return None
+
+
+def _models(found: Any) -> list[CachedModel]:
     models = [
         CachedModel(
             repo.repo_id, repo.size_on_disk, datetime.datetime.fromtimestamp(repo.last_accessed), repo.repo_path
         )
-        for repo in found.repos
+        for repo in (found.repos if found is not None else ())
         if repo.repo_type == "model" and any(_is_model(file.file_name) for rev in repo.revisions for file in rev.files)
     ]
     return sorted(models, key=lambda model: model.last_used, reverse=True)
@@ -60,14 +70,14 @@ def remove(model: str, cache_dir: str | os.PathLike[str] | None = None) -> int:
         MissingFile: the cache does not have it.
         CheckpointError: its files cannot be deleted.
     """
-    import huggingface_hub
-
-    models = {entry.name: entry for entry in cached_models(cache_dir)}
+    found = _scan(cache_dir)
+    models = {entry.name: entry for entry in _models(found)}
     if model not in models:
         there = f"; there are {', '.join(sorted(models))}" if models else ""
         raise MissingFile(f"{model!r} is not in the cache of downloads{there}")
-    found = huggingface_hub.scan_cache_dir(cache_dir)
-    commits = [rev.commit_hash for repo in found.repos if repo.repo_id == model for rev in repo.revisions]
+    commits = [
+        rev.commit_hash for repo in found.repos if repo.repo_path == models[model].path for rev in repo.revisions
+    ]
     try:
         found.delete_revisions(*commits).execute()
     except OSError as error:

@@ -170,7 +170,7 @@ class _View:
                 revision=revision or self.commit,
                 etag_timeout=ANSWER_WITHIN,
                 force_download=self.options.force_download and revision is None,
-                cache_dir=self.options.cache_dir,
+                cache_dir=self.options.cache,
                 token=self.options.token,
                 library_name="russet",
             )
@@ -200,7 +200,7 @@ def find_snapshot(repo: str, options: Options) -> Path | None:
     from huggingface_hub import constants
 
     revision = options.revision or "main"
-    base = Path(options.cache_dir or constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
+    base = Path(options.cache or constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
     try:
         commit = (base / "refs" / revision).read_text().strip()
     except (OSError, ValueError):

@@ -5,6 +5,8 @@ huggingface_hub has changed its HTTP library twice, so network errors are known 
 
 from __future__ import annotations
 
+from typing import Any
+
 from russet.errors import CheckpointError, HubError, MissingFile
 
 # Repositories that vanished from the Hub, and copies of them that others keep there.
@@ -24,8 +26,9 @@ _NETWORK_LIBRARIES = {"httpcore", "httpcore2", "httpx", "httpx2", "requests", "u
 
 def translated(error: Exception, repo: str, revision: str | None, name: str | None = None) -> CheckpointError:
     """One of our errors for one that huggingface_hub raised, or the error itself where it is a fault in the program."""
-    from huggingface_hub import utils
+    import huggingface_hub.utils
 
+    utils: Any = huggingface_hub.utils  # where every version has its errors, some without declaring them
     what = f"{name} of {repo}" if name else repo
     if isinstance(error, utils.GatedRepoError):
         return HubError(f"{repo} is gated: accept its terms on https://huggingface.co/{repo}, then {LOGIN}")

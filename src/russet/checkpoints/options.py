@@ -71,6 +71,11 @@ class Options:
         if self.local_files_only and self.force_download:
             raise InputError("local_files_only and force_download cannot both be True")
 
+    @property
+    def cache(self) -> str | None:
+        """``cache_dir`` as a text."""
+        return None if self.cache_dir is None else os.fspath(self.cache_dir)
+
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
         """Options from keyword arguments.
