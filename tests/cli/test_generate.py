@@ -1,0 +1,140 @@
+"""``russet "a prompt"`` with the embedded model, in few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import russet
+from russet.cli.app import run
+from russet.metadata import Parameters
+
+PROMPT = "a photo of an astronaut riding a horse on mars"
+QUICK = ["--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_prompt_becomes_a_picture(here, capsys):
+    assert run([PROMPT, *QUICK, "--seed", "42"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "russet-0001-seed42.png\n"
+    assert "demo model" in shown.err
+    assert "--model stable-diffusion-v1-5/stable-diffusion-v1-5" in shown.err
+    assert "seed 42 · 256×256 · cpu, float32" in shown.err
+    for phase in ("start", "load", "text", "denoise", "decode"):
+        assert f"{phase} " in shown.err
+    with Image.open(here / "russet-0001-seed42.png") as image:
+        assert image.size == (256, 256)
+        assert np.asarray(image).std() > 5
+        made = Parameters.of_text(image.text["parameters"])
+    assert made.prompt == PROMPT
+    assert made.settings == {
+        "Steps": "2",
+        "Sampler": "DDIM",
+        "CFG scale": "5.0",
+        "Seed": "42",
+        "Size": "256x256",
+        "Model": "mini",
+        "Version": f"Russet {russet.__version__}",
+    }
+
+
+def test_the_same_seed_is_the_same_picture_and_no_file_is_overwritten(here):
+    for seed in ("7", "7", "8"):
+        assert run([PROMPT, *QUICK, "--seed", seed, "-q"]) == 0
+    assert pictures(here) == ["russet-0001-seed7.png", "russet-0002-seed7.png", "russet-0003-seed8.png"]
+    one, two, three = (np.asarray(Image.open(path)) for path in sorted(here.iterdir()))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, three)
+
+
+def test_several_pictures_have_several_seeds_and_the_report_is_json(here, capsys):
+    arguments = ["generate", "info", "-n", "blurry, grey", "--number", "2", "--seed", "5", "--guidance", "3"]
+    assert run([*arguments, "--width", "128", "--height", "192", "-o", "out/cat.png", "--json", *QUICK]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    report = json.loads(shown.out)
+    assert report["images"] == [
+        {"path": os.path.join("out", "cat.png"), "seed": 5},
+        {"path": os.path.join("out", "cat-0002.png"), "seed": 6},
+    ]
+    assert (report["width"], report["height"], report["guidance"], report["prompt"]) == (128, 192, 3.0, "info")
+    assert set(report["seconds"]) == {"start", "load", "text", "denoise", "decode"}
+    with Image.open(here / "out" / "cat-0002.png") as image:
+        assert image.size == (128, 192)
+        made = Parameters.of_text(image.text["parameters"])
+    assert (made.prompt, made.negative_prompt, made.settings["Seed"]) == ("info", "blurry, grey", "6")
+
+
+def test_a_seed_left_out_is_random_and_told(here):
+    for _ in range(2):
+        assert run([PROMPT, *QUICK, "-q"]) == 0
+    one, two = pictures(here)
+    assert one.split("seed")[1] != two.split("seed")[1]
+
+
+def test_quiet_prints_the_path_alone(capsys):
+    assert run([PROMPT, *QUICK, "-q", "--seed", "1"]) == 0
+    assert capsys.readouterr() == ("russet-0001-seed1.png\n", "")
+
+
+def test_a_long_prompt_is_warned_of(capsys):
+    assert run(["a cat and " * 40, *QUICK]) == 0
+    assert "warning: the prompt is longer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "hint"),
+    [
+        (["--width", "250"], 2, "divisible by 8"),
+        (["--model", "no/such/folder"], 1, "no/such/folder"),
+        (["--device", "tpu"], 2, "tpu"),
+        (["--guidance", "nan"], 2, "guidance"),
+        (["-o", "file/under/a/file"], 1, "not a folder"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(here, capsys, words, code, hint):
+    (here / "file").write_text("x")
+    assert run([PROMPT, "--steps", "2", *words]) == code
+    err = capsys.readouterr().err
+    assert hint in err
+    assert "Traceback" not in err
+    assert pictures(here) == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_ctrl_c_ends_with_130_and_leaves_nothing(here):
+    code = "from russet.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, PROMPT, "--steps", "500", "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(6)
+    assert process.poll() is None, "it ended before it could be interrupted"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert out == ""
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert pictures(here) == []

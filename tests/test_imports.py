@@ -1,0 +1,155 @@
+"""Which part may import which, what importing costs, and what the package offers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import russet
+
+SOURCE = Path(russet.__file__).parent
+LIGHT = {"errors"}
+FILES = LIGHT | {"smallfiles"}
+CONFIGURED = FILES | {"config", "component"}
+PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
+EVERYTHING = CONFIGURED | PARTS | {"attention", "images", "metadata", "devices", "checkpoints"}
+ALLOWED = {
+    "__init__": EVERYTHING | {"pipelines"},
+    "errors": set(),
+    "smallfiles": LIGHT,
+    "config": LIGHT,
+    "component": LIGHT | {"config"},
+    "attention": LIGHT,
+    "images": FILES,
+    "metadata": LIGHT,
+    "tokenizer_files": FILES,
+    "tokenizer": CONFIGURED | {"tokenizer_files"},
+    "image_processor": CONFIGURED,
+    "models": CONFIGURED | {"attention"},
+    "schedulers": CONFIGURED,
+    "devices": LIGHT,
+    "checkpoints": CONFIGURED | PARTS,
+    "pipelines": EVERYTHING,
+    "cli": EVERYTHING | {"pipelines", "__init__"},
+}
+"""Part → the parts that it may import, besides itself. The arrows of CONTRIBUTING.md, from right to left."""
+
+CALL_TIME = {("component", "checkpoints")}
+"""The one import upward: ``Component.from_pretrained`` reads files when it is called."""
+
+NEVER = ("diffusers", "transformers", "accelerate", "typer", "rich")
+HEAVY = ("torch", "numpy", "PIL", "tokenizers", "safetensors", "huggingface_hub", "tqdm", "psutil")
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield path.relative_to(SOURCE), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """The full names of all modules that a file imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def target(name: str) -> str:
+    """The part that an imported name of russet belongs to: ``russet.models.unet.X`` → ``models``."""
+    second = name.split(".")[1] if "." in name else ""
+    known = bool(second) and ((SOURCE / second).is_dir() or (SOURCE / f"{second}.py").is_file())
+    return second if known else "__init__"
+
+
+def test_parts_import_in_one_direction():
+    wrong = [
+        f"{path} imports {name}"
+        for path, tree in trees()
+        for name in imports(tree)
+        if name.split(".")[0] == "russet"
+        and target(name) not in ALLOWED[part(path)] | {part(path)}
+        and (part(path), target(name)) not in CALL_TIME
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_call_upward_is_made_at_call_time():
+    for path, tree in trees():
+        for upper in [upper for lower, upper in CALL_TIME if lower == part(path)]:
+            top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+            assert upper not in map(target, imports(top))
+
+
+def test_what_is_never_a_dependency_is_never_imported():
+    wrong = [f"{path}: {name}" for path, tree in trees() for name in imports(tree) if name.split(".")[0] in NEVER]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_command_line_prints():
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+LIGHT_MODULES = ["russet", "russet.errors", "russet.config", "russet.smallfiles", "russet.metadata", "russet.cli"]
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_importing_it_alone_imports_nothing_heavy(module):
+    heavy = loaded_by(f"import {module}") & set(HEAVY)
+    assert not heavy
+
+
+def test_help_imports_nothing_heavy():
+    code = "from russet.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    assert not loaded_by(code) & set(HEAVY)
+
+
+def test_a_pipeline_imports_neither_diffusers_nor_transformers():
+    loaded = loaded_by("from russet import StableDiffusionPipeline")
+    assert "torch" in loaded
+    assert not loaded & {*NEVER, "huggingface_hub", "scipy", "pandas"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules that a fresh Python has loaded after running ``code``."""
+    report = "import sys; print('\\nloaded:', *{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def test_every_public_name_is_where_the_table_says():
+    for name, home in russet.HOMES.items():
+        found = getattr(russet, name)
+        assert found is getattr(importlib.import_module(home), name)
+        assert found.__module__ == home, f"{name} is defined in {found.__module__}"
+
+
+def test_the_public_names_are_sorted_and_the_type_checker_sees_the_same():
+    assert list(russet.HOMES) == sorted(russet.HOMES) == list(russet.__all__)
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {name.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert seen == russet.HOMES
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="StableFusionPipeline"):
+        russet.StableFusionPipeline  # noqa: B018
+    assert "DiffusionPipeline" in dir(russet)
