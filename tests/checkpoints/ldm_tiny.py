@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ldm_layout
 import torch
 from safetensors.torch import save_file
+
+from . import ldm_layout
 
 VOCABULARY = 2944  # of mini's tokenizer
 MINI = Path(__file__).parents[2] / "src" / "russet" / "mini"

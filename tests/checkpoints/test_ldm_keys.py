@@ -6,7 +6,6 @@ import dataclasses
 from functools import cache
 from math import prod
 
-import ldm_layout
 import pytest
 import torch
 
@@ -18,6 +17,8 @@ from russet.checkpoints.stored import ITEM_SIZES, StoredFile, StoredTensor
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
+
+from . import ldm_layout
 
 CLASSES = {
     "UNet2DConditionModel": UNet2DConditionModel,

@@ -33,7 +33,7 @@ class Request:
             "mini", a folder in Diffusers form, a Hub id, or a dict from component to config.
         original_config: a YAML config of LDM or SGM, taken instead of the one beside the file.
         prediction_type: "epsilon" or "v_prediction", where the file does not say.
-        ema: take the averaged UNet, where the file has both.
+        extract_ema: take the averaged UNet, where the file has both.
 
     Raises:
         ArgumentTypeError: a value of a wrong type.
@@ -42,11 +42,11 @@ class Request:
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None
     original_config: str | os.PathLike[str] | None = None
     prediction_type: str | None = None
-    ema: bool = False
+    extract_ema: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ema, bool):
-            raise ArgumentTypeError(f"ema must be True or False, not {self.ema!r}")
+        if not isinstance(self.extract_ema, bool):
+            raise ArgumentTypeError(f"extract_ema must be True or False, not {self.extract_ema!r}")
         if not isinstance(self.prediction_type, (str, type(None))):
             raise ArgumentTypeError(f"prediction_type must be a text, not {self.prediction_type!r}")
 
@@ -136,13 +136,14 @@ def named_recipe(config: str | os.PathLike[str], options: Options) -> Recipe:
     return configs.from_folder(place)
 
 
-def checked_configs(given: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
-    """A caller's dict of configs, its keys and values of the right kind; what begins with _ is left out."""
-    parts = {name: value for name, value in given.items() if not str(name).startswith("_")}
-    for name, value in parts.items():
+def checked_configs(given: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any] | None]:
+    """A caller's dict of configs, its keys and values of the right kind."""
+    for name, value in given.items():
+        if name not in configs.COMPONENTS:
+            raise InputError(f"config has {name!r}; it may have {', '.join(configs.COMPONENTS)}")
         if value is not None and not isinstance(value, Mapping):
             raise ArgumentTypeError(f"config[{name!r}] must be a dict of a component's config, not {value!r}")
-    return parts
+    return given
 
 
 def sidecar(path: Path, request: Request) -> Mapping[str, Any] | None:

@@ -17,6 +17,7 @@ from russet.devices.memory import Sizes
 from russet.devices.plan import Plan, Request, plan
 from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines import arguments, placement
+from russet.pipelines.single_files import SingleFiles
 from russet.pipelines.switches import Switches
 
 
@@ -28,7 +29,7 @@ class Part:
     optional: bool = False
 
 
-class DiffusionPipeline(Switches):
+class DiffusionPipeline(SingleFiles, Switches):
     """Base of all pipelines. ``DiffusionPipeline.from_pretrained`` returns the pipeline that the checkpoint names.
 
     Components are plain attributes: ``pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)``.

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 VOCABULARY = FOLDER / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SIZE = 49408
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+"""What single files hold, or need beside what they hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +88,14 @@ def from_folder(folder: Path) -> Recipe:
         ConfigError: the folder names a class that Russet does not have.
     """
     index = read_index(folder)
-    parts: dict[str, Mapping[str, Any] | None] = {name: None for name, kind in index.parts.items() if kind is None}
-    for name, entry in index.entries(skipped=()).items():
-        if entry.kind in ("model", "scheduler"):
-            parts[name] = {"_class_name": entry.name, **read_json(folder / name / entry.config_file)}
-        elif entry.kind == "tokenizer":
-            parts[name] = {}
+    entries = index.entries(skipped=set(index.parts) - set(COMPONENTS))
+    parts: dict[str, Mapping[str, Any] | None] = {
+        name: read_json(folder / name / entry.config_file) if entry.kind != "tokenizer" else {}
+        for name, entry in entries.items()
+    }
+    absent = {name: None for name in COMPONENTS if name in index.parts and name not in entries}
     settings = {key: value for key, value in index.raw.items() if key[0] != "_" and not isinstance(value, list)}
-    return Recipe(index.class_name, parts, settings, folder)
+    return Recipe(index.class_name, parts | absent, settings, folder)
 
 
 def clip_tokenizer(config: Mapping[str, Any] | None = None) -> CLIPTokenizer:

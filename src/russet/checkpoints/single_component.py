@@ -1,0 +1,119 @@
+"""One network out of a single file: a VAE or UNet that came by itself, or one that is a part of a whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from russet.checkpoints import configs, kinds, ldm_keys, prediction, recipes
+from russet.checkpoints.classes import entry_of
+from russet.checkpoints.configs import Recipe
+from russet.checkpoints.files import Weights, open_weights
+from russet.checkpoints.kinds import Kind
+from russet.checkpoints.ldm_keys import Part
+from russet.checkpoints.ldm_read import draft
+from russet.checkpoints.locate_file import locate_file
+from russet.checkpoints.options import Options, precision_of, read_dtype
+from russet.errors import CheckpointError, InputError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def component(
+    cls: type[T],
+    source: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    extract_ema: bool = False,
+    **options: Any,
+) -> T:
+    """Loads one network out of a single file, on the CPU.
+
+    Args:
+        cls: its class, for example ``AutoencoderKL``.
+        source: as for ``single_file``; the file may hold this network alone or a whole model.
+        config: the network's config as a dict, or whatever ``single_file`` takes. Left out, the published one of the
+            model that the tensors belong to. A VAE's tensors do not tell Stable Diffusion from XL, whose latents have
+            another scale: a file with "xl" in its name is taken for XL's.
+        torch_dtype, dtype: of the weights; None is float32.
+        extract_ema: take the averaged UNet, where the file has both.
+        options: the fields of ``Options``.
+
+    Raises:
+        InputError: an argument has a wrong value, or ``cls`` is not in single files.
+        CheckpointError: the file is missing, damaged, unsafe, does not have the network, or does not fit its config.
+        ConfigError: the config cannot be built.
+    """
+    name = component_name(cls)
+    wanted = Options.of(options)
+    precision = read_dtype(torch_dtype=torch_dtype, dtype=dtype)
+    path = locate_file(source, wanted)
+    weights = open_weights(path)
+    kind = kinds.recognise({key: tensor.shape for key, tensor in weights.tensors.items()})
+    recipe = component_recipe(name, config, kind, weights, path, wanted)
+    made: T = draft(part_of(name, kind, weights), weights, recipe, averaged=extract_ema).make(
+        precision_of(precision, "")
+    )
+    return made
+
+
+def component_name(cls: type[Any]) -> str:
+    """The component that a class is in single files."""
+    entry = entry_of(cls)
+    name = next((name for name, class_name in ldm_keys.CLASSES.items() if class_name == entry.name), None)
+    if name is None:
+        raise InputError(f"single files hold no {cls.__name__}; they hold {', '.join(ldm_keys.CLASSES.values())}")
+    return name
+
+
+def part_of(name: str, kind: Kind, weights: Weights) -> Part:
+    """Where the network lies in the file.
+
+    Raises:
+        CheckpointError: it is not in files of this kind.
+    """
+    part = next((part for part in ldm_keys.LAYOUTS[kind.family or "sd1"] if part.component == name), None)
+    alone = kind.form == name
+    if part is None or not (alone or kind.form == "checkpoint"):
+        raise CheckpointError(f"{weights.where} has no {name}: it is {kind}")
+    if not alone:
+        return part
+    prefixes = (*part.prefixes, "") if kind.layout == "LDM" else ()
+    return dataclasses.replace(part, prefixes=prefixes)
+
+
+def component_recipe(
+    name: str,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None,
+    kind: Kind,
+    weights: Weights,
+    path: Path,
+    options: Options,
+) -> Recipe:
+    """The configs for one network: the caller's, else the published ones."""
+    if isinstance(config, Mapping):
+        return Recipe("", {name: config})
+    if config is not None:
+        return recipes.named_recipe(config, options)
+    if kind.family:
+        told = prediction.decide(kind, names=weights.tensors, metadata=weights.metadata, stem=path.stem)
+        model = recipes.model_name(kind, told, weights.metadata, path.stem)
+    elif name == "vae":
+        model = "sdxl" if re.search("xl", path.stem, re.IGNORECASE) else "sd1"
+        log.info("%s: taken for the VAE of %s by its name; config= says otherwise", path, model)
+    else:
+        model = ""
+    if model not in configs.models():
+        raise CheckpointError(f"{path} is {kind}, for which there is no config here; pass config=")
+    return configs.bundled(model)
