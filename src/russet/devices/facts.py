@@ -192,7 +192,7 @@ def read_facts(device: str | torch.device | None = None) -> Facts:
 
 def machine_facts() -> dict[str, Any]:
     """What is the same whichever device is used."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
     import torch
 
     memory = psutil.virtual_memory()
@@ -205,8 +205,8 @@ def machine_facts() -> dict[str, Any]:
         "ram": total,
         "swap_used": psutil.swap_memory().used,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
-        "system": "macOS" if sys.platform == "darwin" else platform.system(),
-        "macos": parse_version(platform.mac_ver()[0]) if sys.platform == "darwin" else (),
+        "system": "macOS" if on_macos() else platform.system(),
+        "macos": parse_version(platform.mac_ver()[0]) if on_macos() else (),
         "machine": platform.machine(),
         "rosetta": sysctl("sysctl.proc_translated") == "1",
         "python": tuple(sys.version_info[:3]),
@@ -277,9 +277,13 @@ def process_memory() -> int:
     return max(0, int(psutil.Process().memory_info().rss) - PYTHON_AND_TORCH)
 
 
+def on_macos() -> bool:
+    return platform.system() == "Darwin"
+
+
 def sysctl(name: str) -> str:
     """One value of macOS's sysctl; empty elsewhere, and where the name is unknown."""
-    if sys.platform != "darwin":
+    if not on_macos():
         return ""
     try:
         done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
@@ -290,6 +294,8 @@ def sysctl(name: str) -> str:
 
 def within_container(total: int, available: int) -> tuple[int, int]:
     """Total and available memory, lowered to what a Linux container (cgroup v2) allows itself."""
+    if on_macos():
+        return total, available
     limit, used = (read_text(f"/sys/fs/cgroup/memory.{part}") for part in ("max", "current"))
     if not (limit.isdigit() and used.isdigit()):
         return total, available
