@@ -12,6 +12,7 @@ from russet.devices.choices import AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 
 TEXT = 77  # tokens of a prompt
+FUSED = AttentionChoice()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +48,29 @@ class Attended:
         scores = self.scores(choice)
         if choice.kind == "sliced":  # the scaled queries, scores and their softmax
             scores = 2 * scores * inner + q * inner // 2
-        elif choice.kind == "chunked":  # scores, their difference from the maximum, the exponentials: in float32
+        elif choice.kind == "chunked":  # float32 scores, less their maximum, exponentials; and those of the keys before
             queries = min(choice.queries or self.queries, self.queries)
-            sums = self.batch * self.heads * queries * (2 * padded * 4 + padded * inner)
-            scores = scores * (12 if inner == 4 else 14) + sums
+            step = min(choice.keys or self.keys, self.keys)
+            columns = max(3 * step, step + 3 * min(step, self.keys - step))
+            scores = self.batch * self.heads * queries * (4 * columns + padded * (8 + inner))
         return copies + q * inner + scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """How a network computes: bytes per number, attention, and whether GroupNorm is composed of plain operations."""
+
+    width: int = 4
+    attention: AttentionChoice = FUSED
+    composed: bool = False
 
 
 @dataclass
 class Walk:
-    """What is alive on the way through a network. ``width`` is bytes per number."""
+    """What is alive on the way through a network, ``rows`` rows at once."""
 
     rows: int
-    width: int
-    attention: AttentionChoice
+    how: Arithmetic
     held: int = 0
     peak: int = 0
 
@@ -70,23 +80,29 @@ class Walk:
 
     def map(self, area: int, channels: int) -> int:
         """Bytes of a map or of tokens with ``area`` positions in each row."""
-        return self.rows * area * channels * self.width
+        return self.rows * area * channels * self.how.width
 
     def resnet(self, x: int, out: int, held: bool = False) -> None:
         """norm and convolution, twice; activations and sums work in place. ``held``: its input is counted elsewhere."""
         beside = 0 if held else x
+        self.norm(beside, x)
         self.moment(beside, x, out)
+        self.norm(beside + out, out)
         self.moment(beside, out, out)
+
+    def norm(self, beside: int, x: int) -> None:
+        """Normalises ``x``, which is counted elsewhere. A composed norm casts it to float32 for its statistics."""
+        self.moment(beside, x * 4 // self.how.width if self.how.composed else x)
 
     def transformer(self, area: int, channels: int, heads: int, depth: int) -> None:
         """Normalised map, then blocks over its tokens ``t``; the tokens that entered a block live until it ends."""
         t = self.map(area, channels)
-        self.moment(3 * t)
+        self.norm(2 * t, t)
         if depth:
             own = Attended(batch=self.rows, heads=heads, queries=area, keys=area, dim=channels // heads)
             text = replace(own, keys=TEXT)
-            self.moment(2 * t, 4 * t, own.scratch(self.attention, self.width))  # x, tokens; normed, q, k, v
-            self.moment(3 * t, 2 * t, text.scratch(self.attention, self.width))  # after attention; normed, q
+            self.moment(2 * t, 4 * t, own.scratch(self.how.attention, self.how.width))  # x, tokens; normed, q, k, v
+            self.moment(3 * t, 2 * t, text.scratch(self.how.attention, self.how.width))  # after attention; normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
             self.moment(2 * t, t, t, 8 * t, 4 * t)  # after attention; normed; the gated layer and its gate
         self.moment(4 * t)
@@ -95,9 +111,9 @@ class Walk:
         self.moment(x, 2 * self.map(area, channels))
 
 
-def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
-    """Peak of one UNet call on ``rows`` rows of latents ``(h, w)`` with ``width`` bytes a number."""
-    walk = Walk(rows, width, choice)
+def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
+    """Peak of one UNet call on ``rows`` rows of latents ``(h, w)``."""
+    walk = Walk(rows, how)
     areas = [-(-latents[0] // (1 << n)) * -(-latents[1] // (1 << n)) for n in range(len(u.channels))]
     walk.held = walk.map(areas[0], u.in_channels)
     skips = way_down(walk, u, areas)
@@ -157,12 +173,12 @@ def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int)
             x = walk.map(areas[level - 1], channels)
         walk.held += x - entering
         entering = x
-    walk.moment(x)
+    walk.norm(0, x)
 
 
-def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
+def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of decoding ``rows`` rows of latents ``(h, w)`` at once: mostly the last change of resolution."""
-    walk = Walk(rows, width, choice)
+    walk = Walk(rows, how)
     area = latents[0] * latents[1]
     x = walk.map(area, v.channels[-1])
     walk.held = walk.map(area, v.latent) + x
@@ -180,9 +196,9 @@ def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], width: int, c
     return walk.peak
 
 
-def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], width: int, choice: AttentionChoice) -> int:
+def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of encoding pictures of ``rows`` rows of latents ``(h, w)`` at once: mostly its first level."""
-    walk = Walk(rows, width, choice)
+    walk = Walk(rows, how)
     area = latents[0] * latents[1] * v.factor**2
     walk.held = walk.map(area, 3)
     x = walk.map(area, v.channels[0])
@@ -206,18 +222,19 @@ def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], width: int, c
 def middle(walk: Walk, v: VAESizes, area: int) -> None:
     """A residual block, one head of attention, a residual block, beside their input, which is held already."""
     x = walk.map(area, v.channels[-1])
+    walk.norm(x, x)
     call = Attended(batch=walk.rows, heads=1, queries=area, keys=area, dim=v.channels[-1])
-    walk.moment(5 * x, call.scratch(walk.attention, walk.width))  # x; normed, q, k, v
+    walk.moment(5 * x, call.scratch(walk.how.attention, walk.how.width))  # x; normed, q, k, v
     walk.moment(7 * x)  # … the result, and the same projected
     walk.resnet(x, x)
 
 
-def tower_peak(t: TransformerSizes, rows: int, width: int, choice: AttentionChoice) -> int:
+def tower_peak(t: TransformerSizes, rows: int, how: Arithmetic) -> int:
     """Peak of a CLIP tower on ``rows`` sequences: all layers' outputs are kept, and the last one's work beside them."""
-    walk = Walk(rows, width, choice)
+    walk = Walk(rows, how)
     x = walk.map(t.tokens, t.width)
     walk.held = (t.layers + 1) * x
     call = Attended(batch=rows, heads=t.heads, queries=t.tokens, keys=t.tokens, dim=t.width // t.heads)
-    walk.moment(4 * x, call.scratch(choice, width))
+    walk.moment(4 * x, call.scratch(how.attention, how.width))
     walk.moment(x, 3 * walk.map(t.tokens, t.hidden))
     return walk.peak

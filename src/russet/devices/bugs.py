@@ -195,7 +195,7 @@ BUGS: tuple[Bug, ...] = (
         "half-layer-norm",
         "LayerNorm in float16 crashes",
         "an error, or Python dies",
-        "the networks that use it run in float32",
+        "LayerNorm is computed in float32",
         PYTORCH + "96113",
         torch=((2, 0), (2, 1)),
     ),

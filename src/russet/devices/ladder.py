@@ -12,7 +12,7 @@ from russet.devices.choices import SMALL_TILE, TILE, Request, Tile
 from russet.devices.decisions import Decision, Decisions, gigabytes, settled
 from russet.devices.facts import Facts
 from russet.devices.memory import Estimate, predict, resident
-from russet.devices.rules import dtype_decisions, idle_weights
+from russet.devices.rules import dtype_decisions, idle_weights, machine_decisions
 from russet.devices.sizes import Sizes
 
 AT_ONCE = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet call; beyond, devices gain no speed
@@ -35,8 +35,7 @@ def best(facts: Facts, sizes: Sizes, request: Request) -> tuple[Decisions, Estim
 
     Small tiles show in the picture, so they are taken only where nothing else is within the limit.
     """
-    usual = rungs(facts, sizes, request)
-    resort = [usual[-1]._replace(vae_tile=SMALL_TILE)]
+    usual, resort = rungs(facts, sizes, request)
     return fitting(facts, sizes, request, usual) or fitting(facts, sizes, request, resort)
 
 
@@ -49,7 +48,7 @@ def fitting(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]
         several = found.micro_batch > 1 and found.why("micro_batch").by == "plan"
         if estimate.peak <= facts.budget * (SHARE[facts.device] if several else 1):
             return found, estimate
-        if frugal is None or estimate.peak < frugal[1].peak:
+        if frugal is None or estimate.peak <= frugal[1].peak:
             frugal = found, estimate
     return frugal if frugal and frugal[1].peak <= facts.limit else None
 
@@ -68,19 +67,24 @@ def ways(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]) -
         reason = f"otherwise {gigabytes(estimate.peak)} would be needed, and {gigabytes(facts.budget)} are free"
 
 
-def rungs(facts: Facts, sizes: Sizes, request: Request) -> list[Rung]:
-    """The ladder: fewer images at a time, then tiles, then weights that are there only while they are needed."""
+def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], list[Rung]]:
+    """The usual ladder (fewer images at a time, tiles, weights that are there only while needed) and the last resort."""
     most = max(1, AT_ONCE[facts.device] * UNIT // (sizes.width * sizes.height))
     ladder = [Rung(n) for n in range(sizes.images, 0, -1) if sizes.images % n == 0 and n <= most]
     if max(sizes.latents) > TILE.size:
         ladder.append(Rung(1, TILE))
     last = ladder[-1]
     if facts.device == "cuda":
-        ladder += [last._replace(text_encoder="cpu")]
         ladder += [last._replace(offload="model"), last._replace(offload="sequential")]
     elif request.rereadable:
         ladder += [last._replace(text_encoder="freed"), last._replace(offload="model")]
-    return ladder
+    return ladder, [rung._replace(vae_tile=SMALL_TILE) for rung in ladder if rung.micro_batch == 1]
+
+
+def least_peak(facts: Facts, sizes: Sizes, request: Request) -> int:
+    """Bytes of the most frugal way there is, whether it fits or not."""
+    usual, resort = rungs(facts, sizes, request)
+    return min(estimate.peak for _, estimate in ways(facts, sizes, request, [*usual, *resort]))
 
 
 def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str) -> Decisions:
@@ -101,6 +105,7 @@ def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: st
             pick("text_encoder", rung.text_encoder, start.text_encoder, "there is room for it"),
             pick("offload", rung.offload, start.offload, "there is room for everything"),
             idle_weights(facts, request),
+            *machine_decisions(facts, request),
         )
     )
     return found.and_also(attention_decisions(facts, sizes, request, found))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from russet.devices.activations import TEXT, decoder_peak, encoder_peak, tower_peak, unet_peak
+from russet.devices.activations import TEXT, Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.devices.calls import tile_latents, unet_rows
 from russet.devices.choices import AttentionChoice
 from russet.devices.decisions import Decisions
@@ -62,19 +62,22 @@ def predict(sizes: Sizes, found: Decisions) -> Estimate:
 
 def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
     """Peak activation bytes of each phase, in the order they happen."""
+
+    def how(component: str) -> Arithmetic:
+        attention = AttentionChoice() if component == "safety_checker" else found.attention(component)
+        return Arithmetic(width=found.width(component), attention=attention, composed=found["group_norm"] == "composed")
+
     needs = {}
+    vae = min(found.vae_batch, sizes.images), tile_latents(sizes, found), how("vae")
     if sizes.text:
-        rows, width, attention = sizes.rows * sizes.images, found.width("text_encoder"), found.attention("text_encoder")
-        needs["text"] = max(tower_peak(tower, rows, width, attention) for tower in sizes.text)
-    vae = min(found.vae_batch, sizes.images), tile_latents(sizes, found), found.width("vae"), found.attention("vae")
+        rows = sizes.rows * sizes.images
+        needs["text"] = max(tower_peak(tower, rows, how("text_encoder")) for tower in sizes.text)
     if sizes.encodes:
         needs["encode"] = encoder_peak(sizes.vae, *vae)
-    needs["denoise"] = unet_peak(
-        sizes.unet, unet_rows(sizes, found), sizes.latents, found.width("unet"), found.attention("unet")
-    )
+    needs["denoise"] = unet_peak(sizes.unet, unet_rows(sizes, found), sizes.latents, how("unet"))
     needs["decode"] = decoder_peak(sizes.vae, *vae)
     if sizes.vision:
-        needs["check"] = tower_peak(sizes.vision, sizes.images, found.width("safety_checker"), AttentionChoice())
+        needs["check"] = tower_peak(sizes.vision, sizes.images, how("safety_checker"))
     return needs
 
 

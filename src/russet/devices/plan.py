@@ -16,9 +16,8 @@ from russet.devices.calls import unet_calls, vae_call
 from russet.devices.choices import MEANING, AttentionChoice, Request, Tile
 from russet.devices.decisions import Decision, Decisions, gigabytes
 from russet.devices.facts import Facts
-from russet.devices.ladder import best, largest_fit, rungs, ways
+from russet.devices.ladder import best, largest_fit, least_peak
 from russet.devices.memory import Estimate, Sizes
-from russet.devices.rules import machine_decisions
 from russet.errors import DoesNotFit
 
 __all__ = ["MEANING", "AttentionChoice", "Decision", "Plan", "Request", "Tile", "plan"]
@@ -70,18 +69,17 @@ def plan(facts: Facts, sizes: Sizes, request: Request | None = None) -> Plan:
     if chosen is None:
         raise DoesNotFit(refusal(facts, sizes, asked))
     found, estimate = chosen
-    decisions = found.and_also(machine_decisions(facts, asked)).decisions
-    return Plan(decisions=decisions, facts=facts, sizes=sizes, estimate=estimate)
+    return Plan(decisions=found.decisions, facts=facts, sizes=sizes, estimate=estimate)
 
 
 def refusal(facts: Facts, sizes: Sizes, request: Request) -> str:
     """What is missing, and the largest picture of the same shape that would fit."""
-    least = min(estimate.peak for _, estimate in ways(facts, sizes, request, rungs(facts, sizes, request)))
+    least = least_peak(facts, sizes, request)
     fits = largest_fit(facts, sizes, request)
     if fits:
         advice = f"the largest of this shape that fits is {fits[0]}×{fits[1]}"
     else:
-        advice = "no size fits, since the networks alone are too large: use half precision, or a smaller model"
+        advice = "no size fits, since the networks alone are too large: use half precision, a smaller model or another device"
     return (
         f"{sizes.images} × {sizes.width}×{sizes.height} pixels need at least {gigabytes(least)} on {facts.chip}, and it"
         f" has {gigabytes(facts.limit)} for them; {advice}"

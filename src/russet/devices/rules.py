@@ -27,9 +27,8 @@ def half_or_full(facts: Facts) -> tuple[str, str]:
     """The dtype a device computes in by default, and why."""
     if facts.device == "cpu":
         return "float32", "CPUs compute float16 slowly"
-    for bug_id in ("upsample-half", "half-layer-norm"):
-        if bug := affected(facts, bug_id):
-            return "float32", f"on this machine {bug.what[0].lower()}{bug.what[1:]}"
+    if bug := affected(facts, "upsample-half"):
+        return "float32", f"on this macOS {bug.what}"
     if facts.device == "mps":
         return "float16", "half the memory of float32; bfloat16 gains nothing on mps"
     return "float16", "half the memory of float32 and the speed of the matrix units"
@@ -56,6 +55,7 @@ def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
         causal_mask(facts),
         contiguity(facts),
         group_norm(facts),
+        layer_norm(facts),
         memory_format(facts, request),
         non_blocking(facts),
         watermark(facts),
@@ -77,8 +77,14 @@ def contiguity(facts: Facts) -> Decision:
 
 def group_norm(facts: Facts) -> Decision:
     if bug := affected(facts, "slow-group-norm"):
-        return Decision("group_norm", "composite", f"{bug.what}, {bug.consequence}")
+        return Decision("group_norm", "composed", f"{bug.what}, {bug.consequence}")
     return Decision("group_norm", "native", "torch has a kernel for it here")
+
+
+def layer_norm(facts: Facts) -> Decision:
+    if bug := affected(facts, "half-layer-norm"):
+        return Decision("layer_norm", "float32", bug.what)
+    return Decision("layer_norm", "native", "torch's own takes every dtype here")
 
 
 def memory_format(facts: Facts, request: Request) -> Decision:

@@ -1,0 +1,220 @@
+"""Predicted peaks against exact counts of the bytes that real networks keep alive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from russet.attention import chunked, fused, sliced, upcast
+from russet.devices import parameters, published
+from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
+from russet.devices.choices import AttentionChoice
+from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
+from russet.errors import ConfigError, InputError
+from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
+from russet.models.norms import set_norms
+from russet.models.safety_checker import StableDiffusionSafetyChecker
+from russet.models.unet import UNet2DConditionModel
+from russet.models.vae import AutoencoderKL
+
+from .live_bytes import LiveBytes
+
+MINI = Path(__file__).parents[2] / "src" / "russet" / "mini"
+CROSS = "CrossAttnDownBlock2D"
+WITHIN = 0.1  # what the estimates promise
+
+ATTENTIONS = {
+    "fused": (AttentionChoice(), fused),
+    "sliced": (AttentionChoice(kind="sliced", rows=2), sliced(2)),
+    "chunked": (AttentionChoice(kind="chunked", queries=64), chunked(64)),
+    "both ways": (AttentionChoice(kind="chunked", queries=64, keys=128), chunked(64, 128)),
+}
+
+
+def unet_config(channels, kinds, **more):
+    return {
+        "block_out_channels": channels,
+        "down_block_types": kinds,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+        "attention_head_dim": 4,
+        **more,
+    }
+
+
+UNETS = {
+    "shaped like SD 1.5": unet_config([32, 64, 128, 128], [CROSS, CROSS, CROSS, "DownBlock2D"], layers_per_block=2),
+    "shaped like XL": unet_config(
+        [32, 64, 128],
+        ["DownBlock2D", CROSS, CROSS],
+        transformer_layers_per_block=[1, 2, 4],
+        attention_head_dim=[2, 4, 8],
+    ),
+    "without a middle": unet_config([32, 64], [CROSS, "DownBlock2D"], layers_per_block=1, mid_block_type=None),
+}
+
+
+def peak_of(call):
+    with torch.no_grad(), LiveBytes() as counted:
+        call()
+    return counted.peak
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_call_peaks_as_predicted(name, attention):
+    unet, (choice, function) = UNet2DConditionModel(UNETS[name]), ATTENTIONS[attention]
+    unet.set_attention(function)
+    x, text = torch.randn(2, 4, 18, 32), torch.randn(2, 77, 32)
+    measured = peak_of(lambda: unet(x, 1.0, text))
+    assert unet_peak(UNetSizes.of(UNETS[name]), 2, (18, 32), Arithmetic(attention=choice)) == pytest.approx(
+        measured, rel=WITHIN
+    )
+
+
+def test_half_precision_with_float32_scores_peaks_as_predicted():
+    config = UNETS["without a middle"]
+    unet = UNet2DConditionModel(config).to(torch.bfloat16)
+    unet.set_attention(upcast(chunked(64)))
+    x, text = torch.randn(2, 4, 16, 16).bfloat16(), torch.randn(2, 77, 32).bfloat16()
+    measured = peak_of(lambda: unet(x, 1.0, text))
+    choice = AttentionChoice(kind="chunked", queries=64, upcast=True)
+    assert unet_peak(UNetSizes.of(config), 2, (16, 16), Arithmetic(width=2, attention=choice)) == pytest.approx(
+        measured, rel=WITHIN
+    )
+
+
+def test_composed_norms_peak_as_predicted():
+    config = UNETS["without a middle"]
+    unet = UNet2DConditionModel(config).to(torch.bfloat16)
+    set_norms(unet, composed_groups=True, float32_layers=False)
+    x, text = torch.randn(2, 4, 16, 16).bfloat16(), torch.randn(2, 77, 32).bfloat16()
+    measured = peak_of(lambda: unet(x, 1.0, text))
+    how = Arithmetic(width=2, composed=True)
+    assert unet_peak(UNetSizes.of(config), 2, (16, 16), how) == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("channels", [[16, 32, 64, 64], [32, 64], [32, 128, 256]])
+def test_the_vae_peaks_as_predicted_both_ways(channels, attention):
+    levels = len(channels)
+    config = {
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "norm_num_groups": 8,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    vae, sizes, (choice, function) = AutoencoderKL(config), VAESizes.of(config), ATTENTIONS[attention]
+    vae.set_attention(function)
+    z, x = torch.randn(2, 4, 16, 12), torch.randn(2, 3, 16 * sizes.factor, 12 * sizes.factor)
+    decoding, encoding = peak_of(lambda: vae.decode(z)), peak_of(lambda: vae.encode(x))
+    assert decoder_peak(sizes, 2, (16, 12), Arithmetic(attention=choice)) == pytest.approx(decoding, rel=WITHIN)
+    pixels = x.nbytes  # made outside, and counted in the prediction
+    assert encoder_peak(sizes, 2, (16, 12), Arithmetic(attention=choice)) - pixels == pytest.approx(
+        encoding, rel=WITHIN
+    )
+
+
+def test_a_vae_with_composed_norms_peaks_as_predicted():
+    config = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8}
+    config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    vae, sizes = AutoencoderKL(config).to(torch.bfloat16), VAESizes.of(config)
+    set_norms(vae, composed_groups=True, float32_layers=False)
+    z = torch.randn(1, 4, 12, 12).bfloat16()
+    measured = peak_of(lambda: vae.decode(z))
+    how = Arithmetic(width=2, composed=True)
+    assert decoder_peak(sizes, 1, (12, 12), how) == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("attention", ["fused", "chunked"])
+def test_a_text_encoder_peaks_as_predicted(attention):
+    config = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 100}
+    text, (choice, function) = CLIPTextModel(config), ATTENTIONS[attention]
+    text.set_attention(function)
+    measured = peak_of(lambda: text(torch.ones(2, 77, dtype=torch.long)))
+    sizes = TransformerSizes.text({**config, "num_attention_heads": text.config.num_attention_heads})
+    assert tower_peak(sizes, 2, Arithmetic(attention=choice)) == pytest.approx(measured, rel=WITHIN)
+
+
+def test_the_embedded_unet_peaks_as_predicted():
+    config = json.loads((MINI / "unet" / "config.json").read_text())
+    unet, sizes = UNet2DConditionModel.from_config(config), UNetSizes.of(config)
+    x, text = torch.randn(2, 4, 32, 32), torch.randn(2, 77, sizes.context[0])
+    measured = peak_of(lambda: unet(x, 1.0, text))
+    assert unet_peak(sizes, 2, (32, 32), Arithmetic()) == pytest.approx(measured, rel=WITHIN)
+
+
+def test_parameters_are_counted_exactly():
+    for config in UNETS.values():
+        assert parameters.unet(UNetSizes.of(config)) == count(UNet2DConditionModel(config))
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    }
+    assert parameters.transformer(TransformerSizes.text(text)) == count(CLIPTextModel(text))
+    projected = {**text, "projection_dim": 24}
+    assert parameters.transformer(TransformerSizes.text(projected, projected=True)) == count(
+        CLIPTextModelWithProjection(projected)
+    )
+    checker = {
+        "projection_dim": 24,
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    }
+    checker["vision_config"] |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    assert parameters.safety_checker(TransformerSizes.vision(checker)) == count(StableDiffusionSafetyChecker(checker))
+
+
+def test_the_published_checkpoints_have_their_published_numbers_of_parameters():
+    # as the safetensors headers on the Hub add up, buffers left out
+    assert parameters.counts(published.sd15()) == {
+        "text_encoder": 123_060_480,
+        "unet": 859_520_964,
+        "vae": 83_653_863,
+        "safety_checker": 303_981_588,
+    }
+    xl = parameters.counts(published.sdxl())
+    assert (xl["text_encoder"], xl["unet"]) == (123_060_480 + 694_659_840, 2_567_463_684)
+
+
+def test_nested_transformer_layers_are_counted_for_each_block():
+    # as distilled XL models give them
+    config = unet_config(
+        [32, 64, 128],
+        ["DownBlock2D", CROSS, CROSS],
+        layers_per_block=2,
+        transformer_layers_per_block=[1, [1, 1], [4, 3]],
+        reverse_transformer_layers_per_block=[[4, 3, 2], [2, 1, 1], 1],
+    )
+    assert parameters.unet(UNetSizes.of(config)) == count(UNet2DConditionModel(config))
+
+
+def test_lists_that_do_not_agree_are_a_config_error():
+    with pytest.raises(ConfigError, match="2 levels"):
+        UNetSizes.of(unet_config([32, 64], [CROSS, "DownBlock2D"], layers_per_block=[2]))
+
+
+@pytest.mark.parametrize("width", [0, -64, 512.0, True, "512"])
+def test_a_size_that_is_no_positive_whole_number_is_refused(width):
+    with pytest.raises(InputError, match="width"):
+        published.sd15(width=width)
+
+
+def test_the_size_defaults_to_what_the_model_was_trained_at():
+    assert (published.sd15().width, published.sdxl().width) == (512, 1024)
+
+
+def test_only_the_xl_family_needs_its_autoencoder_in_float32():
+    assert published.sdxl().vae.float32
+    assert not published.sd15().vae.float32
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())

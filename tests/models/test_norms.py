@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from russet.models.norms import ComposedGroupNorm, Float32LayerNorm, set_norms
+from russet.models.unet import UNet2DConditionModel
+
+TINY = {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_composed_group_norm_equals_torchs(memory_format):
+    x = (3 * torch.randn(2, 24, 5, 7) + 10).contiguous(memory_format=memory_format)
+    norm = nn.GroupNorm(8, 24)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    expected = norm(x)
+    norm.__class__ = ComposedGroupNorm
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_composed_group_norm_survives_what_overflows_when_squared_in_half_precision():
+    x = 1000 * torch.randn(1, 16, 8, 8)
+    norm = ComposedGroupNorm(4, 16)
+    half = norm.half()(x.half()).float()
+    assert torch.isfinite(half).all()
+    torch.testing.assert_close(half, norm.float()(x), rtol=5e-3, atol=5e-3)
+
+
+def test_a_float32_layer_norm_takes_and_gives_half_precision():
+    x = torch.randn(3, 5, 32)
+    norm = nn.LayerNorm(32)
+    nn.init.normal_(norm.weight)
+    expected = norm(x)
+    norm.half().__class__ = Float32LayerNorm
+    out = norm(x.half())
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), expected, rtol=3e-3, atol=3e-3)
+
+
+def test_setting_norms_changes_neither_parameters_nor_results_and_can_be_undone():
+    unet = UNet2DConditionModel(TINY)
+    names = list(unet.state_dict())
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
+    with torch.no_grad():
+        expected = unet(x, 1.0, text).sample
+        set_norms(unet, composed_groups=True, float32_layers=True)
+        kinds = {type(module) for module in unet.modules()}
+        assert {ComposedGroupNorm, Float32LayerNorm} <= kinds
+        torch.testing.assert_close(unet(x, 1.0, text).sample, expected, rtol=1e-4, atol=1e-5)
+        assert list(unet.state_dict()) == names
+        set_norms(unet, composed_groups=False, float32_layers=False)
+    assert {nn.GroupNorm, nn.LayerNorm} <= {type(module) for module in unet.modules()}
+    assert not {ComposedGroupNorm, Float32LayerNorm} & {type(module) for module in unet.modules()}
