@@ -79,7 +79,10 @@ class Job:
 @click.option("-q", "--quiet", is_flag=True, help="Print the paths and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 def command(**options: Any) -> None:
-    """Draws pictures from PROMPT and writes them as PNG files; never over another file."""
+    """Draws pictures from PROMPT, as PNG files.
+
+    No file is ever overwritten. How a picture was made is written into it; `russet inspect FILE` shows it.
+    """
     job = Job(**options).settled()
     check_output(job.output)
     screen = Screen(quiet=job.quiet or job.as_json)
