@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from russet.devices import facts as facts_module
+from russet.devices import machine
 from russet.devices.facts import GIB, Facts, best_device, mac, parse_version, read_facts
 from russet.errors import DeviceError, InputError
 
@@ -137,10 +138,10 @@ def test_the_best_device_can_be_read():
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="Macs have no containers")
 def test_a_container_sees_its_own_limit(monkeypatch):
     files = {"/sys/fs/cgroup/memory.max": str(4 * GIB), "/sys/fs/cgroup/memory.current": str(GIB)}
-    monkeypatch.setattr(facts_module, "read_text", lambda path: files.get(path, ""))
-    assert facts_module.within_container(64 * GIB, 60 * GIB) == (4 * GIB, 3 * GIB)
+    monkeypatch.setattr(machine, "read_text", lambda path: files.get(path, ""))
+    assert machine.within_container(64 * GIB, 60 * GIB) == (4 * GIB, 3 * GIB)
     files["/sys/fs/cgroup/memory.max"] = "max"
-    assert facts_module.within_container(64 * GIB, 60 * GIB) == (64 * GIB, 60 * GIB)
+    assert machine.within_container(64 * GIB, 60 * GIB) == (64 * GIB, 60 * GIB)
 
 
 def test_a_gpu_has_memory_of_its_own():

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from russet.devices.machine import cpu_bf16, cpu_name, on_macos, process_memory, sysctl, within_container
 from russet.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 Version = tuple[int, ...]
 
 GIB = 2**30
-PYTHON_AND_TORCH = 400 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,55 +266,3 @@ def cuda_facts(common: dict[str, Any], index: int) -> Facts:
         bf16=card.major >= 8,
         **{**common, "memory": total, "available": free, "cores": card.multi_processor_count},
     )
-
-
-def process_memory() -> int:
-    """Bytes of memory that this process holds beyond what Python and torch take by themselves: weights, mostly."""
-    import psutil
-
-    return max(0, int(psutil.Process().memory_info().rss) - PYTHON_AND_TORCH)
-
-
-def on_macos() -> bool:
-    return platform.system() == "Darwin"
-
-
-def sysctl(name: str) -> str:
-    """One value of macOS's sysctl; empty elsewhere, and where the name is unknown."""
-    if not on_macos():
-        return ""
-    try:
-        done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def within_container(total: int, available: int) -> tuple[int, int]:
-    """Total and available memory, lowered to what a Linux container (cgroup v2) allows itself."""
-    if on_macos():
-        return total, available
-    limit, used = (read_text(f"/sys/fs/cgroup/memory.{part}") for part in ("max", "current"))
-    if not (limit.isdigit() and used.isdigit()):
-        return total, available
-    return min(total, int(limit)), max(0, min(available, int(limit) - int(used)))
-
-
-def cpu_name() -> str:
-    named = sysctl("machdep.cpu.brand_string") or re.search(r"model name\s*:\s*(.+)", read_text("/proc/cpuinfo"))
-    if isinstance(named, re.Match):
-        return named.group(1).strip()
-    return named or platform.processor() or platform.machine()
-
-
-def cpu_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself (x86's AMX or AVX-512 BF16)."""
-    return bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", read_text("/proc/cpuinfo")))
-
-
-def read_text(path: str) -> str:
-    """A small file's text; empty where it cannot be read."""
-    try:
-        return Path(path).read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -68,7 +68,7 @@ def ways(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]) -
 
 
 def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], list[Rung]]:
-    """The usual ladder (fewer images at a time, tiles, weights that are there only while needed) and the last resort."""
+    """The usual ladder (fewer images at a time, tiles, weights there only while needed), and the last resort."""
     most = max(1, AT_ONCE[facts.device] * UNIT // (sizes.width * sizes.height))
     ladder = [Rung(n) for n in range(sizes.images, 0, -1) if sizes.images % n == 0 and n <= most]
     if max(sizes.latents) > TILE.size:

@@ -10,11 +10,12 @@ What a pipeline does with each decision is written in ``MEANING``, one line per 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from russet.devices.attention_rules import precise_attention
 from russet.devices.calls import unet_calls, vae_call
 from russet.devices.choices import MEANING, AttentionChoice, Request, Tile
-from russet.devices.decisions import Decision, Decisions, gigabytes
+from russet.devices.decisions import Decision, Decisions, gigabytes, spelled
 from russet.devices.facts import Facts
 from russet.devices.ladder import best, largest_fit, least_peak
 from russet.devices.memory import Estimate, Sizes
@@ -56,6 +57,22 @@ class Plan(Decisions):
             )
         return "\n".join(lines)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON has it."""
+        return {
+            "width": self.sizes.width,
+            "height": self.sizes.height,
+            "images": self.sizes.images,
+            "peak_bytes": self.peak,
+            "budget_bytes": self.facts.budget,
+            "limit_bytes": self.facts.limit,
+            "phases": {phase.name: phase.peak for phase in self.estimate.phases},
+            "decisions": {
+                decision.name: {"value": spelled(decision.value), "reason": decision.reason, "by": decision.by}
+                for decision in self.decisions
+            },
+        }
+
 
 def plan(facts: Facts, sizes: Sizes, request: Request | None = None) -> Plan:
     """Decides how to do the work on a machine. Pure: the same arguments give the same plan.
@@ -79,7 +96,7 @@ def refusal(facts: Facts, sizes: Sizes, request: Request) -> str:
     if fits:
         advice = f"the largest of this shape that fits is {fits[0]}×{fits[1]}"
     else:
-        advice = "no size fits, since the networks alone are too large: use half precision, a smaller model or another device"
+        advice = "no size fits, since the networks alone are too large: half precision or a smaller model may fit"
     return (
         f"{sizes.images} × {sizes.width}×{sizes.height} pixels need at least {gigabytes(least)} on {facts.chip}, and it"
         f" has {gigabytes(facts.limit)} for them; {advice}"
