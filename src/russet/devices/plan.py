@@ -53,7 +53,7 @@ class Plan(Decisions):
         ]
         if self.peak > facts.budget:
             lines.insert(
-                1, f"  more than there should be; the device allows {gigabytes(facts.limit)}: close other programs"
+                1, f"  tight, though within the {gigabytes(facts.limit)} that the device allows: close other programs"
             )
         return "\n".join(lines)
 

@@ -25,7 +25,7 @@ class Surroundings:
 
 
 def look_around() -> Surroundings:
-    """The surroundings of this process. Asks neither the network nor for the token itself, only whether there is one."""
+    """The surroundings of this process; of the Hub's token no more than whether there is one."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
