@@ -105,11 +105,16 @@ def tiny_reference() -> Any:
 
 
 @pytest.fixture(scope="session")
-def reference(tiny_folder: Path) -> Any:
-    """The tiny pipeline in Diffusers, read from the folder without its safety checker."""
+def shared_reference(tiny_folder: Path) -> Any:
     import diffusers
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    return diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+
+
+@pytest.fixture
+def reference(shared_reference: Any) -> Any:
+    """The tiny pipeline in Diffusers, without its safety checker and with a scheduler of its own."""
+    pipe = type(shared_reference)(**shared_reference.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

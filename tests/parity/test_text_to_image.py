@@ -34,7 +34,6 @@ SCHEDULERS = {
 @pytest.fixture
 def both(reference: Any, tiny: Any) -> Any:
     """Calls both pipelines alike and returns both answers; a callable generator makes each its own."""
-    reference.scheduler = diffusers.PNDMScheduler.from_config(reference.scheduler.config)
 
     def call(**given: Any) -> tuple[Any, Any]:
         def fresh() -> dict[str, Any]:
@@ -78,13 +77,11 @@ def test_every_prediction_type_agrees(prediction: str, both: Any, reference: Any
     "given",
     [
         {"prompt": PROMPTS},
-        {"prompt": PROMPTS, "negative_prompt": "a blue car"},
         {"prompt": PROMPTS, "negative_prompt": ["a blue car", "rain"]},
         {"prompt": PROMPTS, "generator": stream_per_image(2)},
         {"prompt": PROMPTS, "num_images_per_prompt": 2, "generator": stream_per_image(4)},
         {"prompt": "a red horse", "guidance_scale": 1.0},
         {"prompt": "a red horse", "guidance_scale": 12.0, "guidance_rescale": 0.7},
-        {"prompt": "a red horse", "clip_skip": 1, "negative_prompt": "rain"},
         {"prompt": "a red horse", "height": 96, "width": 48},
         {"prompt": "a very long story " * 40},
         {"prompt": ""},
@@ -107,6 +104,25 @@ def test_prompt_embeds_stand_in_for_prompts(both: Any, psnr: Any) -> None:
     embeds = torch.randn(2, 77, 32, generator=one_stream())
     theirs, ours = both(prompt_embeds=embeds, negative_prompt_embeds=embeds.flip(1), generator=one_stream)
     assert psnr(theirs, ours) > SAME
+
+
+def test_clip_skip_takes_an_earlier_layer_for_the_prompt_alone(reference: Any, tiny: Any, psnr: Any) -> None:
+    # Diffusers computes this itself, but not with every transformers: its recipe is written out here.
+    def encode(text: str, layer: int) -> torch.Tensor:
+        ids = reference.tokenizer([text], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        model = reference.text_encoder
+        norm = getattr(model, "text_model", model).final_layer_norm
+        return norm(model(ids, output_hidden_states=True).hidden_states[layer])
+
+    theirs = reference(
+        prompt_embeds=encode("a red horse", -2),
+        negative_prompt_embeds=encode("rain", -1),
+        generator=one_stream(),
+        **SETTINGS,
+    ).images
+    ours = tiny("a red horse", negative_prompt="rain", clip_skip=1, generator=one_stream(), **SETTINGS).images
+    assert psnr(theirs, ours) > SAME
+    assert psnr(theirs, tiny("a red horse", negative_prompt="rain", generator=one_stream(), **SETTINGS).images) < SAME
 
 
 def test_eta_makes_ddim_stochastic_in_the_same_way(both: Any, reference: Any, tiny: Any, psnr: Any) -> None:

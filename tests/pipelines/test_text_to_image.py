@@ -78,6 +78,13 @@ def test_one_seed_for_several_pictures_counts_up(tiny: Any, psnr: Any) -> None:
     assert psnr(output.images[2], tiny("a horse", seed=12, **FAST).images[0]) > SAME
 
 
+def test_one_negative_prompt_is_for_all_prompts(tiny: Any) -> None:
+    one = tiny(["a horse", "a cat"], negative_prompt="rain", seed=1, **FAST).images
+    each = tiny(["a horse", "a cat"], negative_prompt=["rain", "rain"], seed=1, **FAST).images
+    assert np.array_equal(one, each)
+    assert not np.array_equal(one, tiny(["a horse", "a cat"], seed=1, **FAST).images)
+
+
 def test_without_a_seed_the_global_generator_decides(tiny: Any) -> None:
     torch.manual_seed(3)
     first = tiny("a horse", **FAST).images

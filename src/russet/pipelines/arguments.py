@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +51,13 @@ def function(name: str, value: Any) -> Callable[..., Any]:
     return value  # type: ignore[no-any-return]
 
 
-def one_of(name: str, value: Any, options: Collection[Any]) -> Any:
-    """One of a few values."""
-    if not isinstance(value, (str, int, float, type(None))) or value not in options:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, options))}, not {shown(value)}")
+def one_of(name: str, value: Any, options: Sequence[str]) -> str:
+    """One of a few words."""
+    choices = ", ".join(map(repr, options))
+    if not isinstance(value, str):
+        raise ArgumentTypeError(f"{name} must be one of {choices}, not {shown(value)}")
+    if value not in options:
+        raise InputError(f"{name} must be one of {choices}, not {value!r}")
     return value
 
 

@@ -1,0 +1,90 @@
+"""The embedded model end to end: what it draws is what was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+COLOURS = {
+    "red": (220, 50, 47),
+    "green": (60, 160, 70),
+    "blue": (50, 90, 210),
+    "yellow": (245, 215, 60),
+    "purple": (140, 70, 180),
+    "white": (250, 250, 250),
+    "black": (20, 20, 20),
+}
+SETTINGS = {"num_inference_steps": 10, "guidance_scale": 5.0}
+SAME = 60.0  # dB
+
+
+def border_colour(picture: Any) -> np.ndarray:
+    """The median colour of a picture's outermost pixels, 0..255."""
+    pixels = np.asarray(picture)
+    edge = np.concatenate([pixels[:8].reshape(-1, 3), pixels[:, :8].reshape(-1, 3), pixels[:, -8:].reshape(-1, 3)])
+    return np.median(edge, axis=0)
+
+
+def named(colour: np.ndarray) -> str:
+    return min(COLOURS, key=lambda name: float(np.linalg.norm(colour - COLOURS[name])))
+
+
+def test_the_background_has_the_colour_that_the_prompt_asks_for(shared_mini: Any) -> None:
+    wanted = ["red", "green", "blue", "yellow", "purple", "white", "black"]
+    pictures = shared_mini(
+        [f"a photo of a cat on a {colour} background" for colour in wanted], seed=0, **SETTINGS
+    ).images
+    found = [named(border_colour(picture)) for picture in pictures]
+    assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 6, found  # chance: one of seven
+
+
+def test_english_and_korean_ask_for_the_same_scene(shared_mini: Any) -> None:
+    prompts = ["a photo of an astronaut riding a horse on mars", "화성에서 말을 타는 우주비행사", "a cat in the sea"]
+    mars, korean, sea = (
+        np.asarray(picture, dtype=float)[-64:].mean(axis=(0, 1))
+        for picture in shared_mini(prompts, seed=42, **SETTINGS).images
+    )
+    for ground in (mars, korean):
+        assert ground[0] > ground[2] + 60, "the ground of Mars is more red than blue"
+    assert sea[2] > sea[0], "the sea is more blue than red"
+
+
+def test_the_same_seed_gives_the_same_picture(shared_mini: Any) -> None:
+    first, again, other = (
+        np.asarray(shared_mini("a red apple", seed=seed, num_inference_steps=3).images[0]) for seed in (7, 7, 8)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_sliced_and_fused_attention_agree(mini: Any, psnr: Any) -> None:
+    settings = {"seed": 7, "num_inference_steps": 3, "output_type": "np"}
+    fused = mini("a red apple", **settings).images
+    mini.enable_attention_slicing("max")
+    assert psnr(fused, mini("a red apple", **settings).images) > SAME
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_a_batch_of_four_equals_four_single_runs(micro_batch: int | None, mini: Any, psnr: Any) -> None:
+    settings = {"num_inference_steps": 3, "output_type": "np"}
+    prompts = ["a red apple", "a horse", "two cats", "고양이"]
+    if micro_batch is not None:
+        mini._choose(micro_batch=micro_batch)
+    together = mini(prompts, seed=[5, 6, 7, 8], **settings).images
+    for i, prompt in enumerate(prompts):
+        assert psnr(together[i], mini(prompt, seed=5 + i, **settings).images[0]) > SAME
+
+
+def test_the_guides_program_runs_with_the_embedded_model() -> None:
+    from russet import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained("mini")
+    pipe = pipe.to("cpu")
+    pipe.enable_attention_slicing()
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a photo of an astronaut riding a horse on mars"
+    _ = pipe(prompt, num_inference_steps=1)
+    image = pipe(prompt, num_inference_steps=2).images[0]
+    assert image.size == (256, 256)
