@@ -14,9 +14,10 @@ from russet.checkpoints.classes import Entry
 from russet.checkpoints.options import Options
 from russet.checkpoints.stored import Source
 from russet.checkpoints.weight_names import Choice
+from russet.errors import ConfigError
 from russet.smallfiles import read_json
 
-SPARE_TENSORS = 64  # that a model may have beyond those in its file, so that the error can list what is missing
+SPARE_TENSORS = 2000  # that a model may have beyond those in its file, so that the error can list what is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Draft:
             return cls(target(config), str(place))
         choice = folder.find_weights(place, entry, options.variant, options.use_safetensors)
         weights = folder.open_component(place, choice)
-        model = fill.build(target, config, limit=len(weights.tensors) + SPARE_TENSORS)
+        try:
+            model = fill.build(target, config, limit=len(weights.tensors) + SPARE_TENSORS)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         sources = old_keys.renewed(weights.tensors, wanted)
         fill.check(model, {name: source.shape for name, source in sources.items()}, weights.where)

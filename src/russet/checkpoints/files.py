@@ -60,7 +60,11 @@ def open_shards(index: Path) -> Weights:
         CorruptFile: the index is malformed, or a shard does not hold what the index says.
     """
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CorruptFile(f"{index} has no weight_map of tensor names to file names")
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from russet.checkpoints.options import Options, precision_of, read_dtype
+from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("variant", 16),
+        ("revision", b"main"),
+        ("cache_dir", 3),
+        ("local_files_only", "yes"),
+        ("local_files_only", 1),
+        ("token", 5),
+        ("force_download", None),
+        ("use_safetensors", "true"),
+    ],
+)
+def test_an_option_of_a_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=rf"{name} must be .*, not {type(value).__name__}"):
+        Options(**{name: value})
+
+
+@pytest.mark.parametrize("variant", ["", "../x", "a/b", "fp16.", "a b", "변형"])
+def test_a_variant_that_is_no_word_is_refused(variant: str) -> None:
+    with pytest.raises(InputError, match="variant"):
+        Options(variant=variant)
+
+
+def test_contradicting_options_are_refused() -> None:
+    with pytest.raises(InputError, match="both"):
+        Options(local_files_only=True, force_download=True)
+
+
+def test_unknown_options_are_refused_with_those_there_are() -> None:
+    with pytest.raises(UnsupportedArgument, match=r"low_cpu_mem_usage: no such argument; there are .*variant"):
+        Options.of({"low_cpu_mem_usage": True})
+    assert Options.of({"variant": "fp16", "cache_dir": Path("x")}).variant == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.float16, torch.float16),
+        ("float16", torch.float16),
+        ("half", torch.float16),
+        ("fp16", torch.float16),
+        ("torch.bfloat16", torch.bfloat16),
+        ("float32", torch.float32),
+        (None, None),
+    ],
+)
+def test_a_precision_is_read_under_either_name(value: Any, expected: torch.dtype | None) -> None:
+    assert read_dtype(dtype=value) == expected
+    assert read_dtype(torch_dtype=value) == expected
+    assert read_dtype(torch_dtype=value, dtype=value) == expected
+
+
+@pytest.mark.parametrize("value", ["auto", "int8", "float", "", torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_a_precision_that_models_cannot_have_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="models cannot be in"):
+        read_dtype(dtype=value)
+
+
+@pytest.mark.parametrize("value", [16, 1.5, ["float16"], float])
+def test_what_is_no_precision_is_refused_by_its_type(value: Any) -> None:
+    with pytest.raises(ArgumentTypeError):
+        read_dtype(torch_dtype=value)
+
+
+def test_two_different_precisions_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="contradict"):
+        read_dtype(torch_dtype="float16", dtype=torch.float32)
+
+
+def test_a_precision_by_component_has_a_default() -> None:
+    by_part = {"vae": torch.float32, "default": torch.float16}
+    assert [precision_of(by_part, part) for part in ("vae", "unet")] == [torch.float32, torch.float16]
+    assert precision_of({"vae": torch.float16}, "unet") == torch.float32
+    assert precision_of(None, "unet") == torch.float32
+    assert precision_of(torch.bfloat16, "unet") == torch.bfloat16
