@@ -106,6 +106,7 @@ def test_a_long_prompt_is_warned_of(capsys):
     [
         (["--width", "250"], 2, "divisible by 8"),
         (["--model", "no/such/folder"], 1, "no/such/folder"),
+        (["--model", "none.safetensors"], 1, "none.safetensors"),
         (["--device", "tpu"], 2, "tpu"),
         (["--guidance", "nan"], 2, "guidance"),
         (["-o", "file/under/a/file"], 1, "not a folder"),

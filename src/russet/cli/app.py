@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import russet
-from russet.cli import generate, info, inspect, models
+from russet.cli import doctor, generate, info, inspect, models
 from russet.errors import InputError, RussetError
 
 
@@ -42,7 +42,15 @@ def app() -> None:
     """
 
 
-for command in (generate.command, inspect.command, models.pull, models.models, models.remove, info.command):
+for command in (
+    generate.command,
+    inspect.command,
+    models.pull,
+    models.models,
+    models.remove,
+    info.command,
+    doctor.command,
+):
     app.add_command(command)
 
 

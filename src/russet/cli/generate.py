@@ -29,6 +29,7 @@ DEMO_NOTE = (
 STEPS, GUIDANCE = 50, 7.5
 DEMO_STEPS, DEMO_GUIDANCE = 25, 5.0  # where mini draws best, says its README
 PNG = ".png"
+SINGLE_FILES = (".safetensors", ".ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,13 @@ class Job:
 @click.command("generate")
 @click.argument("prompt")
 @click.option("-n", "--negative", default="", metavar="TEXT", help="What not to draw.")
-@click.option("-m", "--model", default=DEMO, show_default=True, help="A Hub repository, a folder, or mini.")
+@click.option(
+    "-m",
+    "--model",
+    default=DEMO,
+    show_default=True,
+    help="A Hub repository, a folder, a .safetensors or .ckpt file, or mini.",
+)
 @click.option("--steps", type=click.IntRange(min=1), help=f"[default: {STEPS}, with mini {DEMO_STEPS}]")
 @click.option("--guidance", type=float, help=f"How closely to follow. [default: {GUIDANCE}, with mini {DEMO_GUIDANCE}]")
 @click.option("-s", "--seed", type=click.IntRange(min=0), help="The same seed, the same picture. [default: random]")
@@ -115,12 +122,15 @@ def check_output(output: Path) -> None:
 
 def loaded(job: Job, screen: Screen) -> tuple[DiffusionPipeline, dict[str, float]]:
     """The pipeline on its device, and how long the start and the loading took."""
-    from russet import DiffusionPipeline
+    from russet import DiffusionPipeline, StableDiffusionPipeline
     from russet.devices.facts import best_device
 
     times = {"start": since_process_start()}
     began = time.perf_counter()
-    pipe = DiffusionPipeline.from_pretrained(job.model, torch_dtype=job.dtype)
+    if job.model.endswith(SINGLE_FILES):
+        pipe: DiffusionPipeline = StableDiffusionPipeline.from_single_file(job.model, torch_dtype=job.dtype)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(job.model, torch_dtype=job.dtype)
     pipe.to(job.device or best_device())
     pipe.set_progress_bar_config(**screen.bar("denoise"))
     return pipe, {**times, "load": time.perf_counter() - began}

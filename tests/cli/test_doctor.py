@@ -1,0 +1,41 @@
+"""``russet doctor`` on this machine, and its words for Macs that are not here."""
+
+from __future__ import annotations
+
+import json
+
+import russet
+from russet.cli.app import run
+from russet.cli.doctor import lines
+from russet.devices.doctor import doctor
+from russet.devices.facts import mac
+
+
+def test_this_machine_is_judged_in_words(capsys):
+    assert run(["doctor", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("PyTorch", "memory", "Stable Diffusion 1.5 at 512×512:", "attention.unet: "):
+        assert text in shown
+
+
+def test_this_machine_is_judged_in_json(capsys):
+    run(["doctor", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["russet"] == russet.__version__
+    assert {"verdict", "facts", "checks", "bugs", "forecasts"} <= set(report)
+
+
+def test_a_mac_is_told_its_known_defects_and_what_is_done_about_them():
+    shown = "\n".join(lines(doctor(mac("M1", memory_gib=8, macos="14.5", torch="2.4.1"))))
+    assert "Known defects here" in shown
+    assert "https://" in shown
+    assert "Apple M1 (mps)" in shown
+
+
+def test_a_problem_ends_with_1(capsys, monkeypatch):
+    from russet.devices import facts
+
+    old = mac("M1", memory_gib=8, macos="11.0", torch="1.12.1")
+    monkeypatch.setattr(facts, "read_facts", lambda device: old)
+    assert run(["doctor"]) == 1
+    assert "problem  " in capsys.readouterr().out
