@@ -42,6 +42,9 @@ class Plan(Decisions):
         calls = unet_calls(self.sizes, self) if component == "unet" else [vae_call(self.sizes, self)]
         return precise_attention(self.facts, calls, self.attention(component))
 
+    def __str__(self) -> str:
+        return self.explain()
+
     def explain(self) -> str:
         """The plan in readable lines."""
         facts, sizes = self.facts, self.sizes
