@@ -1,0 +1,199 @@
+"""What the self-test computes: each operation that the networks use, the ways to attend, and tiny whole networks.
+
+A case makes its float32 inputs from a seeded generator, and turns them into one tensor. Run on the CPU in float32 it
+is the reference; run on the device it is what the networks would get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from russet import attention
+from russet.models.activations import ACTIVATIONS
+from russet.models.clip_text import CLIPTextModel
+from russet.models.norms import set_norms
+from russet.models.unet import UNet2DConditionModel
+from russet.models.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class Case:
+    """``compute`` turns tensors of the ``shapes`` (standard normal numbers) into one tensor, on any device and dtype.
+
+    ``tolerance`` multiplies what rounding alone may change; whole networks round often.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    compute: Callable[..., Tensor]
+    tolerance: float = 1.0
+
+    def inputs(self) -> list[Tensor]:
+        """Float32 on the CPU, the same every time."""
+        generator = Generator().manual_seed(0)
+        return [torch.randn(shape, generator=generator) for shape in self.shapes]
+
+
+MAP = (2, 32, 16, 16)
+TOKENS = (2, 64, 32)
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, composed: bool) -> Tensor:
+    norm = nn.GroupNorm(8, 32).to(x)
+    norm.weight.data, norm.bias.data = weight, bias
+    set_norms(norm, composed_groups=composed, float32_layers=False)
+    return norm(x)  # type: ignore[no-any-return]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, wide: bool) -> Tensor:
+    norm = nn.LayerNorm(32).to(x)
+    norm.weight.data, norm.bias.data = weight, bias
+    set_norms(norm, composed_groups=False, float32_layers=wide)
+    return norm(x)  # type: ignore[no-any-return]
+
+
+def gated(x: Tensor, weight: Tensor) -> Tensor:
+    value, gate = F.linear(x, weight).chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
+
+
+def embedded(table: Tensor) -> Tensor:
+    return F.embedding(torch.arange(0, 60, 7, device=table.device), table)
+
+
+def furthest(x: Tensor) -> Tensor:
+    """Where rows of whole numbers are largest, as the text encoder finds the end of a prompt."""
+    return (100 * x.float()).to(torch.int32).argmax(dim=-1).to(x.dtype)
+
+
+def hidden_future(x: Tensor) -> Tensor:
+    place = torch.arange(x.shape[-1], device=x.device)
+    return (x + x.new_zeros(x.shape[-1], x.shape[-1]).masked_fill_(place > place[:, None], -1e4)).softmax(-1)
+
+
+OPERATIONS = (
+    Case("convolution 3×3", (MAP, (64, 32, 3, 3), (64,)), lambda x, w, b: F.conv2d(x, w, b, padding=1)),
+    Case("convolution 3×3, stride 2", (MAP, (64, 32, 3, 3)), lambda x, w: F.conv2d(x, w, stride=2, padding=1)),
+    Case("convolution 1×1", (MAP, (64, 32, 1, 1)), F.conv2d),
+    Case("linear", (TOKENS, (48, 32), (48,)), F.linear),
+    Case("linear on strided tokens", (MAP, (48, 32)), lambda x, w: F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), w)),
+    Case("group norm", (MAP, (32,), (32,)), lambda x, w, b: group_norm(x, w, b, composed=False)),
+    Case("group norm, composed", (MAP, (32,), (32,)), lambda x, w, b: group_norm(x, w, b, composed=True)),
+    Case("layer norm", (TOKENS, (32,), (32,)), lambda x, w, b: layer_norm(x, w, b, wide=False)),
+    Case("layer norm in float32", (TOKENS, (32,), (32,)), lambda x, w, b: layer_norm(x, w, b, wide=True)),
+    Case("silu in place", (MAP,), lambda x: ACTIVATIONS["silu"](x + 0)),
+    Case("gelu", (TOKENS,), ACTIVATIONS["gelu"]),
+    Case("quick gelu", (TOKENS,), lambda x: ACTIVATIONS["quick_gelu"](x + 0)),
+    Case("gated linear", (TOKENS, (64, 32)), gated),
+    Case("batched product", ((4, 64, 32), (4, 48, 32)), lambda q, k: q @ k.transpose(-1, -2)),
+    Case("softmax", ((4, 64, 77),), lambda x: (3 * x).softmax(-1)),
+    Case("hidden future", ((2, 77, 77),), hidden_future),
+    Case("nearest upsampling", (MAP,), lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")),
+    Case("upsampling to a size", (MAP,), lambda x: F.interpolate(x, size=(31, 33), mode="nearest")),
+    Case("zero padding", (MAP,), lambda x: F.pad(x, (0, 1, 0, 1))),
+    Case("joining and splitting", (MAP, MAP), lambda a, b: torch.cat([a, b], dim=1).chunk(4, dim=1)[2] + b[:, :16]),
+    Case("sums in place", (MAP, (2, 32)), lambda x, t: (x + 0).add_(t[:, :, None, None]).mul_(0.5)),
+    Case("embedding", ((60, 32),), embedded),
+    Case("argmax of whole numbers", ((4, 77),), furthest),
+    Case("maximum and exponential", (TOKENS,), lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1)),
+    Case("variance and mean", (MAP,), lambda x: torch.cat(torch.var_mean(x.float(), dim=(2, 3), unbiased=False))),
+    Case("clamp and round", (MAP,), lambda x: (x.clamp(-1, 1) * 8).round() / 8, tolerance=15),
+    Case("sines", ((64,),), lambda x: torch.cat([x.float().sin(), x.float().cos()])),
+    Case("copies between precisions", (MAP,), lambda x: x.float().to(x.dtype)),
+)
+
+
+def attending(name: str, how: attention.Attention, dim: int, queries: int = 256, keys: int | None = None) -> Case:
+    """Attention of 4 heads: ``queries`` tokens to ``keys`` others, by default to themselves."""
+    shape, other = (2, 4, queries, dim), (2, 4, keys or queries, dim)
+    return Case(f"attention, {name}", (shape, other, other), lambda q, k, v: how(q, k, v, dim**-0.5))
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    place = torch.arange(q.shape[2], device=q.device)
+    mask = q.new_zeros(q.shape[2], q.shape[2]).masked_fill_(place > place[:, None], torch.finfo(q.dtype).min)
+    return attention.fused(q, k, v, q.shape[-1] ** -0.5, mask)
+
+
+PADDED = attention.padded(attention.fused, (64, 256))
+ATTENTIONS = (
+    *(attending(f"fused, heads of {dim}", attention.fused, dim) for dim in (40, 64, 80, 160, 512)),
+    *(attending(f"fused, heads of {dim} padded", PADDED, dim) for dim in (40, 160)),
+    attending("fused, to a text", attention.fused, 64, keys=77),
+    attending("fused, few queries", attention.fused, 64, queries=5, keys=77),
+    Case("attention, fused, hidden future", ((2, 4, 77, 64),) * 3, masked),
+    attending("sliced", attention.sliced(3), 40),
+    attending("chunked", attention.chunked(96), 40),
+    attending("chunked both ways", attention.chunked(96, 100), 512),
+    attending("chunked, float32 scores", attention.upcast(attention.chunked(96)), 160),
+)
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network with the same random weights every time, without touching torch's global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def tiny_unet() -> nn.Module:
+    return UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+    )
+
+
+def tiny_vae() -> nn.Module:
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+    )
+
+
+def tiny_text() -> nn.Module:
+    return CLIPTextModel(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+
+
+def drawn(x: Tensor, text: Tensor) -> Tensor:
+    return seeded(tiny_unet).to(x)(x, 500.0, text).sample  # type: ignore[no-any-return]
+
+
+def decoded(z: Tensor) -> Tensor:
+    vae = seeded(tiny_vae).to(z)
+    assert isinstance(vae, AutoencoderKL)
+    return vae.decode(z)[0]
+
+
+def encoded(x: Tensor) -> Tensor:
+    vae = seeded(tiny_vae).to(x)
+    assert isinstance(vae, AutoencoderKL)
+    return vae.encode(x)[0].mean
+
+
+def read(x: Tensor) -> Tensor:
+    ids = torch.arange(0, 77, device=x.device)[None] % 100
+    return seeded(tiny_text).to(x)(ids).last_hidden_state  # type: ignore[no-any-return]
+
+
+NETWORKS = (
+    Case("a tiny UNet", ((2, 4, 16, 16), (2, 77, 32)), drawn, tolerance=6),
+    Case("a tiny VAE, decoding", ((1, 4, 8, 8),), decoded, tolerance=6),
+    Case("a tiny VAE, encoding", ((1, 3, 16, 16),), encoded, tolerance=6),
+    Case("a tiny text encoder", ((1,),), read, tolerance=6),
+)
+
+CASES = (*OPERATIONS, *ATTENTIONS, *NETWORKS)

@@ -1,0 +1,72 @@
+"""Small computations that go wrong where a known defect is present. Russet itself never computes like this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """``compute(device)`` gives what came and what should have come, both float32 on the CPU. ``bug`` is a row's id."""
+
+    bug: str
+    dtype: torch.dtype
+    compute: Callable[[torch.device], Pair]
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=Generator().manual_seed(0))
+
+
+def empty_baddbmm(device: torch.device) -> Pair:
+    """With beta 0 the first operand, NaN here, must not be read."""
+    q, k = noise(4, 32, 16), noise(4, 16, 32)
+    unread = torch.full((4, 32, 32), float("nan"), device=device)
+    return torch.baddbmm(unread, q.to(device), k.to(device), beta=0).cpu(), q @ k
+
+
+def causal_leak(device: torch.device) -> Pair:
+    """Changing the last of 77 tokens must not change what the others get."""
+    q, k, v = (noise(1, 4, 77, 64).to(device, torch.float16) for _ in range(3))
+    changed = k.clone()
+    changed[:, :, -1] += 10
+    before, after = (F.scaled_dot_product_attention(q, one, v, is_causal=True)[:, :, :-1] for one in (k, changed))
+    return after.float().cpu(), before.float().cpu()
+
+
+def strided_weight(device: torch.device) -> Pair:
+    x, weight = noise(8, 32), noise(32, 48)
+    return F.linear(x.to(device), weight.to(device).T).cpu(), x @ weight
+
+
+def long_contraction(device: torch.device) -> Pair:
+    a, b = noise(2, 8, 40000), noise(2, 40000, 8)
+    return torch.bmm(a.to(device), b.to(device)).cpu(), torch.bmm(a, b)
+
+
+def channels_last(device: torch.device) -> Pair:
+    x, weight = noise(2, 32, 16, 16), noise(64, 32, 3, 3)
+    there = F.conv2d(x.to(device).contiguous(memory_format=torch.channels_last), weight.to(device), padding=1)
+    return (there + there.flip(3)).cpu(), (lambda y: y + y.flip(3))(F.conv2d(x, weight, padding=1))
+
+
+def half_layer_norm(device: torch.device) -> Pair:
+    x = noise(1, 77, 768).half()
+    return F.layer_norm(x.to(device), (768,)).float().cpu(), F.layer_norm(x.float(), (768,))
+
+
+PROBES = (
+    Probe("empty-baddbmm", torch.float32, empty_baddbmm),
+    *((Probe("causal-leak", torch.float16, causal_leak),) if hasattr(F, "scaled_dot_product_attention") else ()),
+    Probe("strided-attention", torch.float32, strided_weight),
+    Probe("long-contraction", torch.float32, long_contraction),
+    Probe("channels-last", torch.float32, channels_last),
+    Probe("half-layer-norm", torch.float16, half_layer_norm),
+)
