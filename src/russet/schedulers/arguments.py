@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -45,16 +46,16 @@ def numbers(name: str, values: Any) -> list[float]:
 
 def falling(name: str, values: Sequence[float]) -> None:
     """Raises InputError unless each value is lower than the one before."""
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in itertools.pairwise(values):
         if after >= before:
             raise InputError(f"{name} must fall from step to step; {after:g} comes after {before:g}")
 
 
-def inside(name: str, values: Sequence[float], most: int, whole: bool) -> None:
+def inside(name: str, values: Sequence[float], most: float, whole: bool = False) -> None:
     """Raises InputError unless all timesteps are in the table, and whole numbers where they have to be."""
     for value in values:
         if not 0 <= value <= most:
-            raise InputError(f"{name} must lie in 0..{most}, where the model was trained; {value:g} does not")
+            raise InputError(f"{name} must lie in 0..{most:g}, where the model was trained; {value:g} does not")
         if whole and value != round(value):
             raise InputError(f"{name} must be whole numbers for this scheduler; {value:g} is none")
 

@@ -1,15 +1,16 @@
 """Noise for the solvers: independent draws, and increments of a Brownian path.
 
-The path is a virtual Brownian tree (arXiv:2001.01328, section 4): its value anywhere is found by halving an interval and
-drawing the middle given both ends, each draw seeded by its place in the tree. So the path depends on the seed alone,
-not on the number of steps nor on their order, and nothing is stored.
+The path is a virtual Brownian tree (arXiv:2001.01328, section 4): its value anywhere is found by halving an interval
+and drawing the middle given both ends, each draw seeded by its place in the tree. So the path depends on the seed
+alone, not on the number of steps nor on their order, and nothing is stored.
 
-Its clock is 1/sigma². Between two noise levels an ancestral step scales the image's noise by (b/a)² and adds noise of
-variance b²(a² - b²)/a² = b⁴(1/b² - 1/a²): on this clock the noise of one large step is exactly what its parts add up to.
+Its clock is 1/sigma². From noise level a to b an ancestral step scales the noise by (b/a)² and adds a variance of
+b²(a² - b²)/a² = b⁴(1/b² - 1/a²): on this clock the noise of one large step is exactly what its parts add up to.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-DEPTH = 24  # halvings: the noise level is met within 2e-6 of itself
+from russet.errors import InputError
+
+LEAVES = 2**24  # of the tree: a noise level is met within 2e-6 of itself
 SPAN = 40.0  # log2 of the clock runs from -SPAN to SPAN
 
 
@@ -35,34 +38,43 @@ def draw(shape: Sequence[int], generators: Sequence[Generator], device: torch.de
 
 
 class Noise:
-    """What a solver is given: ``noise()`` draws afresh, ``noise.between(a, b)`` is the path's part between two levels.
+    """What a solver is given. draw: gives standard normal [B, C, h, w], float32."""
 
-    draw: gives standard normal [B, C, h, w], float32. seeds: of the path, one per image; without them one draw is spent
-    on them, so that an image's path depends on its own stream only.
-    """
-
-    def __init__(self, draw: Callable[[], Tensor], seeds: Sequence[int] | None = None):
+    def __init__(self, draw: Callable[[], Tensor]):
         self.draw = draw
-        self.seeds = seeds
-        self.paths: list[BrownianPath] = []
 
     def __call__(self) -> Tensor:
         return self.draw()
 
-    def between(self, a: float, b: float) -> Tensor:
-        """The increment from sigma ``a`` down to ``b``, divided by its deviation: standard normal [B, C, h, w]."""
-        if not self.paths:
+    def path(self, seed: int | Sequence[int] | None = None) -> Callable[[float, float], Tensor]:
+        """The increments of one Brownian path per image, each divided by its deviation: standard normal [B, C, h, w].
+
+        The function returned takes two noise levels, from a down to b. seed: one for all images or one for each; None
+        spends one draw on them, so that an image's path depends on its own stream only.
+        """
+
+        @functools.cache
+        def begin() -> tuple[list[BrownianPath], torch.device]:
             first = self.draw()
-            seeds: Sequence[object] = self.seeds or read_bits(first)
-            self.paths = [BrownianPath(seed, first.shape[1:]) for seed in seeds]
-            self.device = first.device
-        return torch.stack([path.between(a, b) for path in self.paths]).to(self.device)
+            return [BrownianPath(one, first.shape[1:]) for one in seeds_of(seed, first)], first.device
+
+        def between(a: float, b: float) -> Tensor:
+            paths, device = begin()
+            return torch.stack([path.between(a, b) for path in paths]).to(device)
+
+        return between
 
 
-def read_bits(noise: Tensor) -> list[tuple[int, ...]]:
-    """A seed for each image: the bits of its first two values."""
-    values: list[list[int]] = noise.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int32).tolist()
-    return [tuple(row) for row in values]
+def seeds_of(seed: int | Sequence[int] | None, first: Tensor) -> list[object]:
+    """A seed for each image; without ``seed``, the bits of the first two values of its noise."""
+    if seed is None:
+        rows: list[list[int]] = first.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int32).tolist()
+        return [tuple(row) for row in rows]
+    if isinstance(seed, int):
+        return [(seed, image) for image in range(len(first))]
+    if len(seed) != len(first):
+        raise InputError(f"noise_sampler_seed has {len(seed)} seeds for {len(first)} images: give one for each")
+    return list(seed)
 
 
 class BrownianPath:
@@ -79,14 +91,14 @@ class BrownianPath:
         return (self.at(stop) - self.at(start)) / math.sqrt(clock(stop) - clock(start))
 
     def at(self, place: int) -> Tensor:
-        """W at a leaf of the tree, 0 .. 2**DEPTH."""
+        """W at a leaf of the tree, 0 .. LEAVES."""
         if place not in self._recent:
             self._recent = dict([*self._recent.items()][-3:])
             self._recent[place] = self._descend(place)
         return self._recent[place]
 
     def _descend(self, place: int) -> Tensor:
-        low, high, node = 0, 2**DEPTH, 1
+        low, high, node = 0, LEAVES, 1
         w_low = torch.zeros(self.shape)
         w_high = self._normal(0) * math.sqrt(clock(high) - clock(low))
         while place not in (low, high):
@@ -107,8 +119,8 @@ class BrownianPath:
 
 def leaf(sigma: float) -> int:
     """The leaf that is nearest to a noise level; the clock 1/sigma² in even steps of its logarithm."""
-    return round((-2 * math.log2(sigma) + SPAN) / (2 * SPAN) * 2**DEPTH)
+    return round((-2 * math.log2(sigma) + SPAN) / (2 * SPAN) * LEAVES)
 
 
 def clock(place: int) -> float:
-    return 2.0 ** (place / 2**DEPTH * 2 * SPAN - SPAN)
+    return float(2.0 ** (place / LEAVES * 2 * SPAN - SPAN))

@@ -1,8 +1,8 @@
-"""The schedulers' configs: Diffusers' keys, each class with Diffusers' own defaults.
+"""The schedulers' configs: Diffusers' keys, with each class's own defaults.
 
-A key that a config did not have, and so has this class's default, is not carried over to another class, which has a
-default of its own: that is how Diffusers' ``from_config`` works. A value that only another class knows
-(``solver_type: bh2``) is read as this class's default and kept, so that going there and back loses nothing.
+A key that a config did not have, and so has its class's default, is not carried over to another class, which has a
+default of its own: so does Diffusers' ``from_config``. A value that only another class knows (``solver_type: bh2``) is
+read as this class's default and kept, so that going there and back loses nothing.
 """
 
 from __future__ import annotations
@@ -10,30 +10,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from typing_extensions import Self
 
 from russet.config import Config, field_types
 
-UNSET = "_use_default_values"  # Diffusers' name for the keys that were not given; never saved
-FOREIGN = "_foreign_values"
+Narrowed = Mapping[str, tuple[Any, ...]]
+UNSET, FOREIGN = "_use_default_values", "_foreign_values"  # never saved; the first is Diffusers' name for it
 
-BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp"]
-Spacing = Literal[
-    "linspace",
-    "leading",
-    "trailing",
-    # Russet's own, for every class that has a timestep_spacing
-    "simple",
-    "sgm_uniform",
-    "karras",
-    "exponential",
-    "beta",
-    "kl_optimal",
-    "align_your_steps",
-    "align_your_steps_xl",
-]
+EVEN = ("linspace", "leading", "trailing", "simple", "sgm_uniform")  # spacings of timesteps
+BY_SIGMA = ("karras", "exponential", "beta", "kl_optimal", "align_your_steps", "align_your_steps_xl")
+
+# What a key can say, in whichever class has it. Flow matching, continuous time and learned variances are not supported.
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": (*EVEN, *BY_SIGMA),  # Diffusers has the first three
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho"),
+    "solver_order": (1, 2, 3),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+    "solver_p": (None,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,20 +47,14 @@ class SchedulerConfig(Config):
 
     num_train_timesteps: int = 1000
 
-    foreign: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-
-    @property
-    def ends_at_zero(self) -> bool:
-        """Whether the last step goes to no noise at all; else to the noise of timestep 0."""
-        return True
+    narrowed: ClassVar[Narrowed] = {}  # the part of CHOICES that the class itself knows
 
     def check(self) -> None:
-        steps = self.num_train_timesteps
-        self.require(steps >= 1, f"num_train_timesteps must be at least 1, not {steps}")
-        for name in ("use_flow_sigmas", "use_dynamic_shifting", "shift_terminal", "solver_p", "variance_type"):
-            value = getattr(self, name, None)
-            known = value is None or value is False or str(value).startswith("fixed")
-            self.require(known, f"{name}={value!r} is not supported: leave it out")
+        self.require(self.num_train_timesteps >= 1, f"num_train_timesteps is {self.num_train_timesteps}, not 1 or more")
+        for name, choices in {**CHOICES, **self.narrowed}.items():
+            if name in field_types(type(self)):
+                value, wanted = self[name], " or ".join(map(repr, choices))
+                self.require(value in choices, f"{name} must be {wanted}, not {value!r}")
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> Self:
@@ -65,6 +64,8 @@ class SchedulerConfig(Config):
     @classmethod
     def merged(cls, config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> Self:
         """A config with changes made to it; a key that is changed has been given."""
+        if not isinstance(config, Mapping):
+            return cls.from_dict(config, where)  # which refuses it
         unset = [name for name in config.get(UNSET, ()) if name not in changes]
         return cls.from_dict({**config, **changes, UNSET: unset}, where)
 
@@ -73,13 +74,13 @@ class SchedulerConfig(Config):
         if isinstance(data, Mapping):
             unset = set(data.get(UNSET, ()))
             data = {**{name: v for name, v in data.items() if name not in unset}, **data.get(FOREIGN, {})}
-            foreign = {name: data.pop(name) for name, values in cls.foreign.items() if data.get(name) in values}
-            data[FOREIGN], data[UNSET] = foreign, [name for name in field_types(cls) if name not in data]
+            odd = [k for k, own in cls.narrowed.items() if data.get(k) in CHOICES[k] and data.get(k) not in own]
+            data[FOREIGN] = {name: data.pop(name) for name in odd}
+            data[UNSET] = [name for name in field_types(cls) if name not in data]
         return super().from_dict(data, where)
 
     def to_dict(self) -> dict[str, Any]:
-        private = (UNSET, FOREIGN)
-        return {name: v for name, v in super().to_dict().items() if name not in private}
+        return {name: value for name, value in super().to_dict().items() if name not in (UNSET, FOREIGN)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,22 +89,23 @@ class Trained(SchedulerConfig):
 
     beta_start: float = 0.0001
     beta_end: float = 0.02
-    beta_schedule: BetaSchedule = "linear"
+    beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    prediction_type: str = "epsilon"
 
     def check(self) -> None:
         super().check()
         betas, steps = self.trained_betas, self.num_train_timesteps
-        inside = all(0 < beta <= 1 for beta in betas or (self.beta_start, self.beta_end))
-        self.require(inside, "betas must lie in 0..1, and 0 is not one of them")
-        if betas is not None:
-            self.require(len(betas) == steps, f"trained_betas has {len(betas)} values for {steps} num_train_timesteps")
+        self.require(all(0 < b <= 1 for b in betas or (self.beta_start, self.beta_end)), "a beta must lie in 0..1")
+        fits = betas is None or len(betas) == steps
+        self.require(fits, f"trained_betas must have one value for each of the {steps} num_train_timesteps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spaced(Trained):
-    timestep_spacing: Spacing = "linspace"
+    """Where the timesteps of a run are (arXiv:2305.08891, table 2)."""
+
+    timestep_spacing: str = "linspace"
     steps_offset: int = 0
 
     def check(self) -> None:
@@ -113,6 +115,8 @@ class Spaced(Trained):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SigmaChoice(Trained):
+    """Noise levels of their own, in place of those of evenly spaced timesteps."""
+
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
@@ -126,7 +130,26 @@ class SigmaChoice(Trained):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SigmaRange(Trained):
+    """The ends of those noise levels, and of the run."""
+
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clipping(Trained):
+    """Clipping of the predicted image."""
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Thresholding(Trained):
+    """Dynamic thresholding of the predicted image (arXiv:2205.11487, section 2.3)."""
+
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
@@ -138,93 +161,10 @@ class Thresholding(Trained):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clipping(Trained):
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroSNR(Trained):
+    """Betas changed so that the last timestep is pure noise (arXiv:2305.08891)."""
+
     rescale_betas_zero_snr: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DDIMConfig(Spaced, Clipping, Thresholding, ZeroSNR):
-    timestep_spacing: Spacing = "leading"
-    set_alpha_to_one: bool = True
-
-    @property
-    def ends_at_zero(self) -> bool:
-        return self.set_alpha_to_one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DDPMConfig(Spaced, Clipping, Thresholding, ZeroSNR):
-    timestep_spacing: Spacing = "leading"
-    variance_type: str = "fixed_small"
-
-    def check(self) -> None:
-        super().check()
-        known = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-        self.require(self.variance_type in known, f"variance_type must be one of {', '.join(known)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PNDMConfig(Spaced):
-    timestep_spacing: Spacing = "leading"
-    skip_prk_steps: bool = False
-    set_alpha_to_one: bool = False
-
-    @property
-    def ends_at_zero(self) -> bool:
-        return self.set_alpha_to_one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IPNDMConfig(SchedulerConfig):
-    trained_betas: None = None
-
-    prediction_type: ClassVar[str] = "v_prediction"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EulerAncestralConfig(Spaced, ZeroSNR):
-    pass
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LMSConfig(Spaced, SigmaChoice):
-    pass
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EulerConfig(LMSConfig, ZeroSNR):
-    interpolation_type: Literal["linear", "log_linear"] = "linear"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    timestep_type: Literal["discrete", "continuous"] = "discrete"
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-
-    @property
-    def ends_at_zero(self) -> bool:
-        return self.final_sigmas_type == "zero"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KDPM2Config(LMSConfig):
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeunConfig(KDPM2Config):
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SDEConfig(KDPM2Config):
-    noise_sampler_seed: int | tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,28 +178,22 @@ class HighOrder(SigmaChoice, Thresholding):
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
 
-    def check(self) -> None:
-        super().check()
-        self.require(self.solver_order in (1, 2, 3), f"solver_order must be 1, 2 or 3, not {self.solver_order}")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SinglestepConfig(HighOrder):
-    algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"] = "dpmsolver++"
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    lower_order_final: bool = False
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    lambda_min_clipped: Any = -math.inf
+class DPMSolver(HighOrder):
+    """DPM-Solver's own keys."""
+
+    algorithm_type: str = "dpmsolver++"
+    solver_type: str = "midpoint"
+    final_sigmas_type: str = "zero"
+    lambda_min_clipped: Any = -math.inf  # which JSON has, and a float of a config does not
     variance_type: str | None = None
 
-    foreign: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "algorithm_type": ("deis",),
-        "solver_type": ("logrho", "bh1", "bh2"),
+    narrowed: ClassVar[Narrowed] = {
+        "algorithm_type": CHOICES["algorithm_type"][:4],
+        "solver_type": ("midpoint", "heun"),
+        "variance_type": (None,),
     }
-
-    @property
-    def ends_at_zero(self) -> bool:
-        return self.final_sigmas_type == "zero"
 
     def check(self) -> None:
         super().check()
@@ -268,67 +202,17 @@ class SinglestepConfig(HighOrder):
         self.require(number, f"lambda_min_clipped must be a number below infinity, not {least!r}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MultistepConfig(Spaced, ZeroSNR, SinglestepConfig):
-    lower_order_final: bool = True
-    euler_at_final: bool = False
-    use_lu_lambdas: bool = False
+def keys(*parts: type[SchedulerConfig], narrowed: Narrowed | None = None, **own: Any) -> type[SchedulerConfig]:
+    """A config class out of parts. own: its further keys with their defaults, or other defaults for those of the parts.
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DEISConfig(Spaced, HighOrder):
-    algorithm_type: Literal["deis"] = "deis"
-    solver_type: Literal["logrho"] = "logrho"
-
-    foreign: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "algorithm_type": ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"),
-        "solver_type": ("midpoint", "heun", "bh1", "bh2"),
-    }
-
-    @property
-    def ends_at_zero(self) -> bool:
-        return False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UniPCConfig(Spaced, ZeroSNR, HighOrder):
-    predict_x0: bool = True
-    solver_type: Literal["bh1", "bh2"] = "bh2"
-    disable_corrector: tuple[int, ...] = ()
-    solver_p: None = None
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    shift_terminal: float | None = None
-
-    foreign: ClassVar[Mapping[str, tuple[str, ...]]] = {"solver_type": ("midpoint", "heun", "logrho")}
-
-    @property
-    def ends_at_zero(self) -> bool:
-        return self.final_sigmas_type == "zero"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LCMConfig(Spaced, Clipping, Thresholding, ZeroSNR):
-    """timestep_spacing and steps_offset are Diffusers' keys without effect: the steps are those of the distillation."""
-
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: BetaSchedule = "scaled_linear"
-    clip_sample: bool = False
-    timestep_spacing: Spacing = "leading"
-    set_alpha_to_one: bool = True
-    original_inference_steps: int = 50
-    timestep_scaling: float = 10.0
-
-    def check(self) -> None:
-        super().check()
-        steps, most = self.original_inference_steps, self.num_train_timesteps
-        self.require(1 <= steps <= most, f"original_inference_steps must lie in 1..{most}, not {steps}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TCDConfig(LCMConfig):
-    @property
-    def ends_at_zero(self) -> bool:
-        return False
+    A further key has the type of its default; ``(type, default)`` says another one.
+    """
+    known = {name: kind for part in parts for name, kind in field_types(part).items()}
+    fields: list[tuple[str, Any, Any]] = []
+    for name, value in own.items():
+        kind, default = value if isinstance(value, tuple) else (known.get(name, type(value)), value)
+        fields.append((name, kind, dataclasses.field(default=default)))
+    space = {"narrowed": narrowed} if narrowed else {}
+    return dataclasses.make_dataclass(
+        "SchedulerConfig", fields, bases=parts, namespace=space, frozen=True, kw_only=True
+    )

@@ -96,19 +96,19 @@ def distances(past: Sequence[Point], b: Point) -> list[float]:
 
 
 def derivatives_at_first(values: Sequence[Tensor], at: Sequence[float]) -> list[Tensor]:
-    """The value, first and second derivative at the first node of the polynomial through all (divided differences)."""
+    """The value and the derivatives at the first node of the polynomial through all nodes (divided differences)."""
     if len(values) == 1:
         return [values[0]]
     slope = (values[1] - values[0]) / at[1]
     if len(values) == 2:
         return [values[0], slope]
     bend = ((values[2] - values[0]) / at[2] - slope) / (at[2] - at[1])
-    # differs from Diffusers, whose multistep solvers take the second derivative to be ``bend``, half of what it is
+    # differs from Diffusers, whose multistep solvers take ``bend`` for the second derivative, half of what it is
     return [values[0], slope - at[1] * bend, 2 * bend]
 
 
 def uni_weights(at: Sequence[float], z: float, scale: float) -> list[float]:
-    """UniPC's rho: sum_k rho_k at_k^(n-1) = n! phi_(n+1)(z) z^n / scale for n = 1, 2, …; 1/2 where there is only one."""
+    """UniPC's rho: sum_k rho_k at_k^(n-1) = n! z^n phi_(n+1)(z) / scale for n = 1, 2, …; a single one is 1/2."""
     if len(at) == 1:
         return [0.5]
     term, factorial, right = math.expm1(z) / z - 1, 1, []

@@ -1,4 +1,4 @@
-"""Solvers that remember: a step uses what the model said at earlier points. The conventions are those of ``solvers.py``.
+"""Solvers that remember: a step uses what the model said at earlier points. Conventions are those of ``solvers.py``.
 
 Started in the middle, each begins as at the start of a run, with a memory that is empty.
 """
@@ -117,7 +117,7 @@ def unipc(
 ) -> Steps:
     """UniPC (arXiv:2302.04867): a predictor, and a corrector that uses the model's value where the prediction led.
 
-    uncorrected: the steps, by number, whose result is left as predicted.
+    uncorrected: the steps whose result is left as predicted, each by how many steps were left when it began.
     """
     values: list[Tensor] = []
     past: list[Point] = []
@@ -125,10 +125,10 @@ def unipc(
     for i, (a, b) in enumerate(pairs(points, end)):
         x, x0 = yield x, a
         value = method.value(x, x0, a)
-        if i > 0 and i - 1 not in uncorrected:  # as a difference, so that a caller's change to x is kept
+        left = len(points) - i
+        if i > 0 and left + 1 not in uncorrected:  # as a difference, so that a caller's change to x is kept
             x = x + (method.unified(start, [*values[:k], value], [*past[:k], a], a) - predicted)
         values, past = [value, *values][:order], [a, *past][:order]
-        left = len(points) - i
         k = min(len(past), left if left <= tail else order)
         start, x = x, method.unified(x, values[:k], past[:k], b) if b.sigma > 0 else x0
         predicted = x

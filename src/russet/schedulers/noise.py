@@ -7,25 +7,29 @@ noise) to ``num_train_timesteps - 1`` (almost only noise), and may be fractional
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from russet.schedulers.configs import Trained
+from russet.schedulers.configs import SchedulerConfig, Trained
 
 ALMOST_PURE_NOISE = 2.0**-40  # the least alphas_cumprod: sigma = 2**20, so that no sigma is infinite
 
 
 @dataclass(frozen=True)
 class Point:
-    """A place where the model can be evaluated: the timestep it is told, and the noise level ``sigma`` there."""
+    """A place where the model can be evaluated: the timestep it is told, and the noise level ``sigma`` there.
+
+    arrival: where a step to this point ends, below it, before noise is added up to ``sigma``; None is the point itself.
+    """
 
     t: float
     sigma: float
+    arrival: Point | None = None
 
 
 class Table:
@@ -40,16 +44,15 @@ class Table:
             self.alphas_cumprod[-1] = zero_snr
         kept = self.alphas_cumprod.clamp(min=ALMOST_PURE_NOISE)
         self.sigmas = (((1 - kept) / kept) ** 0.5).double().numpy()
+        self.log_sigmas = np.log(self.sigmas.astype(np.float32)).astype(np.float64)
+        self.grid = np.arange(len(self.sigmas))
 
     def sigma(self, t: float) -> float:
-        return float(np.interp(t, np.arange(len(self.sigmas)), self.sigmas))
+        return float(np.interp(t, self.grid, self.sigmas))
 
     def t(self, sigma: float) -> float:
         """The timestep of a noise level, linear in log(sigma) between two entries, clipped to the table."""
-        return float(np.interp(math.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
-
-    def point(self, sigma: float) -> Point:
-        return Point(self.t(sigma), sigma)
+        return float(np.interp(math.log(max(sigma, 1e-10)), self.log_sigmas, self.grid))
 
 
 class CosineTable(Table):
@@ -65,42 +68,27 @@ class CosineTable(Table):
         return math.atan(sigma) * 2 / math.pi
 
 
-def betas_of(config: Trained) -> Tensor:
+def betas_of(config: SchedulerConfig) -> Tensor:
     """The betas [T] that a config describes, float32."""
+    assert isinstance(config, Trained)
     steps = config.num_train_timesteps
     if config.trained_betas is not None:
         return torch.tensor(config.trained_betas, dtype=torch.float32)
-    if config.beta_schedule in ALPHA_BAR:
-        return betas_from_alpha_bar(ALPHA_BAR[config.beta_schedule], steps)
-    if config.beta_schedule == "sigmoid":
-        rising = torch.sigmoid(torch.linspace(-6, 6, steps))
-        return rising * (config.beta_end - config.beta_start) + config.beta_start
+    if config.beta_schedule == "squaredcos_cap_v2":
+        return cosine_betas(steps)
     if config.beta_schedule == "scaled_linear":
         return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=torch.float32) ** 2
     return torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32)
 
 
-def _laplace(t: float) -> float:
-    log_snr = -0.5 * math.copysign(1, 0.5 - t) * math.log(1 - 2 * abs(0.5 - t) + 1e-6)
-    return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
-
-
-# alphas_cumprod as a function of t in 0..1: arXiv:2102.09672 (cosine), arXiv:2407.03297 (laplace)
-ALPHA_BAR: Mapping[str, Callable[[float], float]] = {
-    "squaredcos_cap_v2": lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2,
-    "laplace": _laplace,
-    "exp": lambda t: math.exp(-12.0 * t),
-}
-
-
-def betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int) -> Tensor:
-    """Betas whose running product of 1 - beta follows ``alpha_bar``; none above 0.999."""
-    betas = [min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)]
-    return torch.tensor(betas, dtype=torch.float32)
+def cosine_betas(steps: int) -> Tensor:
+    """Betas whose running product of 1 - beta is a squared cosine (arXiv:2102.09672, equation 17); none above 0.999."""
+    bars = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)])
 
 
 def rescaled_to_zero_snr(betas: Tensor) -> Tensor:
-    """Betas changed so that the last step is pure noise and the first one is as before (arXiv:2305.08891, algorithm 1)."""
+    """Betas changed so that the last step is pure noise, the first one as before (arXiv:2305.08891, algorithm 1)."""
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alpha_bar = root**2

@@ -105,8 +105,8 @@ class _Silent:
     def __call__(self) -> float:
         return 0.0
 
-    def between(self, a: float, b: float) -> float:
-        return 0.0
+    def path(self, seed: object) -> Callable[[float, float], float]:
+        return lambda a, b: 0.0
 
 
 class Run:

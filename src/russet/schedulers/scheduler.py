@@ -11,13 +11,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
 from russet.schedulers import arguments
-from russet.schedulers.brownian import draw
-from russet.schedulers.noise import Point
+from russet.schedulers.brownian import Noise, draw
+from russet.schedulers.configs import Trained
 from russet.schedulers.schedule import Run, Schedule
 from russet.schedulers.timetable import Timetable
 
@@ -61,16 +62,20 @@ class Scheduler(Timetable):
     @property
     def compatibles(self) -> list[type[Scheduler]]:
         """The classes that this one's config can be given to."""
-        from russet.schedulers.named import compatible_with
 
-        return compatible_with(type(self))
+        def below(cls: type[Scheduler]) -> list[type[Scheduler]]:
+            return [other for child in cls.__subclasses__() for other in (child, *below(child))]
+
+        trained = isinstance(self.config, Trained)
+        known = [cls for cls in below(Scheduler) if hasattr(cls, "config_class")]
+        return [cls for cls in known if issubclass(cls.config_class, Trained) == trained]
 
     @property
     def init_noise_sigma(self) -> float:
         """What standard normal noise is multiplied with to start from."""
         if self._plan is not None:
             return self._plan.init_noise_sigma
-        return self.initial_sigma([Point(0.0, float(self.table.sigmas[-1]))])
+        return self.initial_sigma(float(self.table.sigmas[-1]))
 
     # -- the run in progress
 
@@ -135,7 +140,7 @@ class Scheduler(Timetable):
         output = arguments.latents("model_output", model_output, like=sample)
         source = self._noise_source(sample, generator, variance_noise)
         call = self._call_of(timestep)
-        run = self._running(call, sample, self.read_options(options))
+        run = self._running(call, sample, source, self.read_options(options))
         run.noise.draw = source
         run.latents = sample
         run.send(output, unconditional)
@@ -143,21 +148,20 @@ class Scheduler(Timetable):
         self.step_index = call + 1
         if run.t is None:
             self._run = None
-        result = SchedulerOutput(run.latents, run.x0)
-        return result if return_dict else tuple(result)
+        return SchedulerOutput(run.latents, run.x0) if return_dict else (run.latents, run.x0)
 
     def _set_up(self) -> Schedule:
         if self._plan is None:
             raise InputError("call set_timesteps before the first step")
         return self._plan
 
-    def _running(self, call: int, sample: Tensor, options: dict[str, Any]) -> Run:
+    def _running(self, call: int, sample: Tensor, source: Callable[[], Tensor], options: dict[str, Any]) -> Run:
         """The run in progress, or one that begins with this call."""
         if self._run is None:
             plan = self._set_up()
             solver, border = self.solver(len(plan.points), **options), self.border(**options)
             plan = self.from_call(dataclasses.replace(plan, solver=solver, border=border), call)
-            self._run, self._options = plan.run(sample, self.noise_of(len(sample))), options
+            self._run, self._options = plan.run(sample, Noise(source)), options
         elif options != self._options:
             raise InputError(f"the options of a run stay the same: it began with {self._options}, now came {options}")
         return self._run
@@ -187,10 +191,10 @@ class Scheduler(Timetable):
             place = (timestep.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
             if 0 <= place < len(self._told) and timestep.device == self.timesteps.device:
                 return self._told[place]
-        try:
-            return float(torch.tensor(float(timestep)))  # type: ignore[arg-type]  # as float32, like ``timesteps``
-        except (TypeError, ValueError, RuntimeError):
-            raise ArgumentTypeError(f"a timestep must be one number, not {timestep!r}") from None
+        one = isinstance(timestep, Tensor) and timestep.numel() == 1
+        if not one and (isinstance(timestep, (bool, str)) or not hasattr(timestep, "__float__")):
+            raise ArgumentTypeError(f"a timestep must be one number, not {timestep!r}")
+        return float(np.float32(float(timestep)))  # type: ignore[arg-type]  # as exact as ``timesteps`` is
 
     def _noise_source(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
@@ -207,7 +211,7 @@ class Scheduler(Timetable):
     # -- noise, for training and for starting in the middle
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
-        """Latents [B, C, h, w] with the noise of ``timesteps``, one for all or one for each, in the public convention."""
+        """Latents [B, C, h, w] with the noise of ``timesteps``, one for all or one for each, in the public form."""
         original_samples = arguments.latents("original_samples", original_samples)
         noise = arguments.latents("noise", noise, like=original_samples).float()
         signal, share = self._shares(original_samples, timesteps, self.variance_preserving)
@@ -222,14 +226,12 @@ class Scheduler(Timetable):
 
     def _shares(self, like: Tensor, timesteps: Any, variance_preserving: bool) -> tuple[Tensor, Tensor]:
         """How much of the image and of the noise there is at each timestep, [B or 1, 1, 1, 1]."""
-        values = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else timesteps
-        sigmas = [self._sigma_of(float(t)) for t in (values if isinstance(values, Sequence) else [values])]
-        if len(sigmas) not in (1, len(like)):
-            raise InputError(f"there are {len(sigmas)} timesteps for a batch of {len(like)}: give one, or one for each")
-        alphas = [1 / math.sqrt(1 + sigma**2) if variance_preserving else 1.0 for sigma in sigmas]
-        both = torch.tensor([alphas, [a * sigma for a, sigma in zip(alphas, sigmas, strict=True)]])
-        signal, share = both.to(like.device).view(2, -1, *[1] * (like.dim() - 1))
-        return signal, share
+        values = torch.as_tensor(timesteps).flatten().tolist()
+        if len(values) not in (1, len(like)):
+            raise InputError(f"there are {len(values)} timesteps for a batch of {len(like)}: give one, or one for each")
+        sigmas = torch.tensor([self._sigma_of(t) for t in values]).view(-1, *[1] * (like.dim() - 1))
+        signal = torch.rsqrt(1 + sigmas**2) if variance_preserving else torch.ones_like(sigmas)
+        return signal.to(like.device), (signal * sigmas).to(like.device)
 
     def _sigma_of(self, t: float) -> float:
         """The noise level of a timestep: this run's where it has that timestep, the table's where it has not."""
@@ -240,5 +242,5 @@ class Scheduler(Timetable):
             for call in self.starts(self._plan):
                 if self._told[call] == t:
                     return self._plan.calls[call].sigma
-        arguments.inside("timesteps", [t], self.last_timestep(), whole=False)
+        arguments.inside("timesteps", [t], self.last_timestep())
         return self.table.sigma(t)

@@ -20,10 +20,14 @@ from russet.schedulers.brownian import Noise
 from russet.schedulers.noise import Point
 
 Steps = Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Point, Point], Steps]
+Seed = int | Sequence[int] | None
 At = Callable[[float], Point]  # the point of a noise level
 
 
 class Solver(Protocol):
+    """What a schedule holds: one of these functions, its options bound."""
+
     def __call__(self, x: Tensor, points: Sequence[Point], end: Point, noise: Noise, /) -> Steps: ...
 
 
@@ -62,6 +66,11 @@ def ddpm_large(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> 
     return x
 
 
+def euler_step(x: Tensor, a: Point, b: Point) -> Steps:
+    x, x0 = yield x, a
+    return x0 + (x - x0) * (b.sigma / a.sigma)
+
+
 def heun_step(x: Tensor, a: Point, b: Point) -> Steps:
     """From a to b with the mean of the slopes at both (arXiv:2206.00364, algorithm 1); to no noise at all, Euler's."""
     x, x0 = yield x, a
@@ -73,20 +82,17 @@ def heun_step(x: Tensor, a: Point, b: Point) -> Steps:
     return x
 
 
-def heun(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> Steps:
-    """Heun's method: two model calls a step, of the second order."""
-    for a, b in pairs(points, end):
-        x = yield from heun_step(x, a, b)
-    return x
+def one_step(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, step: Step = heun_step) -> Steps:
+    """Heun's or Euler's method that adds noise on arrival where the points say so.
 
-
-def restart(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> Steps:
-    """Heun's method that goes back up by adding noise where the points do (Restart sampling, arXiv:2306.14878)."""
+    Once in each step that is the churn of arXiv:2206.00364, algorithm 2; once or twice in a run, far up, it is Restart
+    sampling (arXiv:2306.14878).
+    """
     for a, b in pairs(points, end):
-        if b.sigma > a.sigma:
-            x = x + math.sqrt(b.sigma**2 - a.sigma**2) * noise()
-        else:
-            x = yield from heun_step(x, a, b)
+        low = b.arrival or b
+        x = yield from step(x, a, low)
+        if low.sigma < b.sigma:
+            x = x + math.sqrt(b.sigma**2 - low.sigma**2) * noise()
     return x
 
 
@@ -116,12 +122,15 @@ def dpmpp_2s_ancestral(x: Tensor, points: Sequence[Point], end: Point, noise: No
             continue
         start, middle = x, at(math.sqrt(a.sigma * down))
         x, x0 = yield x0 + (x - x0) * (middle.sigma / a.sigma), middle
-        x = x0 + (start - x0) * (down / a.sigma) + up * noise()
+        x = x0 + (start - x0) * (down / a.sigma)
+        if eta > 0:
+            x = x + up * noise()
     return x
 
 
-def dpmpp_sde(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At) -> Steps:
+def dpmpp_sde(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, seed: Seed = None) -> Steps:
     """DPM-Solver++ (SDE) as k-diffusion has it: 2S with noise in the middle too, both taken from one Brownian path."""
+    path = noise.path(seed)
     for a, b in pairs(points, end):
         x, x0 = yield x, a
         if b.sigma == 0:
@@ -129,10 +138,10 @@ def dpmpp_sde(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: 
             continue
         start, middle = x, at(math.sqrt(a.sigma * b.sigma))
         down, up = ancestral(a.sigma, middle.sigma, 1.0)
-        x = x0 + (x - x0) * (down / a.sigma) + up * noise.between(a.sigma, middle.sigma)
+        x = x0 + (x - x0) * (down / a.sigma) + up * path(a.sigma, middle.sigma)
         x, x0 = yield x, middle
         down, up = ancestral(a.sigma, b.sigma, 1.0)
-        x = x0 + (start - x0) * (down / a.sigma) + up * noise.between(a.sigma, b.sigma)
+        x = x0 + (start - x0) * (down / a.sigma) + up * path(a.sigma, b.sigma)
     return x
 
 

@@ -15,8 +15,6 @@ from russet.schedulers.noise import Table
 
 Values = npt.NDArray[np.float64]
 
-EVEN = ("linspace", "leading", "trailing", "simple", "sgm_uniform")  # those that space timesteps
-
 # arXiv:2404.14507, table of the quick-start guide: optimised for ten steps of Stable Diffusion 1.5 and XL
 ALIGNED: Mapping[str, Sequence[int]] = {
     "align_your_steps": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
@@ -28,16 +26,16 @@ def timesteps(name: str, steps: int, train: int, *, last: int, offset: int = 0, 
     """Timesteps by the names of arXiv:2305.08891, table 2, and two of ComfyUI's; not rounded.
 
     train: how many the model was trained with; last: how many of those are used (the noisiest may be cut off).
-    spare: how many more steps the spacing is laid out for than are made (the DPM-Solver family leaves the last one out).
+    spare: how many more steps the spacing is laid out for than are made (DPM-Solver's kind leaves the last one out).
     """
     laid = steps + spare
     if name == "leading":
-        return (np.arange(laid) * (last // laid))[::-1][:steps].astype(np.float64) + offset
+        return np.asarray((np.arange(laid) * (last // laid))[::-1][:steps] + float(offset))
     if name == "trailing":
         each = train / steps
-        return np.round(last - np.arange(math.ceil(last / each - 1e-9)) * each) - 1
+        return np.asarray(np.round(last - np.arange(math.ceil(last / each - 1e-9)) * each) - 1)
     if name == "simple":
-        return last - 1 - np.floor(np.arange(steps) * (last / steps))
+        return np.asarray(last - 1 - np.floor(np.arange(steps) * (last / steps)))
     if name == "sgm_uniform":
         return np.linspace(last - 1, 0, steps + 1)[:-1]
     if laid == 1:
@@ -59,7 +57,7 @@ def karras(steps: int, low: float, high: float, rho: float = 7.0) -> Values:
 
 
 def polyexponential(steps: int, low: float, high: float, rho: float = 1.0) -> Values:
-    """Even in log(sigma) where ``rho`` is 1; a larger ``rho`` spends more of the steps on the low noise (k-diffusion)."""
+    """Even in log(sigma) where ``rho`` is 1; a larger ``rho`` spends more steps on the low noise (k-diffusion)."""
     ramp = np.linspace(1, 0, steps) ** rho
     return np.exp(ramp * (math.log(high) - math.log(low)) + math.log(low))
 
@@ -84,13 +82,13 @@ SIGMAS: Mapping[str, Callable[[int, float, float], Values]] = {
 
 
 def aligned(steps: int, levels: Sequence[float]) -> Values:
-    """Other numbers of steps out of optimised levels: linear in log(sigma) along the list; the last level is the end."""
+    """Any number of steps out of optimised levels: linear in log(sigma) along the list; the last level is the end."""
     at = np.linspace(0, len(levels) - 1, steps + 1)[:-1]
     return np.exp(np.interp(at, np.arange(len(levels)), np.log(levels)))
 
 
 def beta_quantile(p: float, alpha: float) -> float:
-    """The x in 0..1 below which Beta(alpha, alpha) has the probability ``p``: bisection on its distribution function."""
+    """The x in 0..1 below which Beta(alpha, alpha) has the probability ``p``, by bisection."""
     if p > 0.5:
         return 1 - beta_quantile(1 - p, alpha)
     below, above = 0.0, 0.5
@@ -106,4 +104,4 @@ def beta_cdf(x: float, alpha: float) -> float:
     for n in range(80):  # terms fall as x**n, so by half or more each
         total += term / (alpha + n)
         term *= (n + 1 - alpha) * x / (n + 1)
-    return total * x**alpha * math.gamma(2 * alpha) / math.gamma(alpha) ** 2
+    return float(total * x**alpha) * math.gamma(2 * alpha) / math.gamma(alpha) ** 2

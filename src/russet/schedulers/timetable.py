@@ -15,8 +15,7 @@ from russet.component import Component
 from russet.config import field_types
 from russet.errors import InputError
 from russet.schedulers import arguments, noise, spacing
-from russet.schedulers.brownian import Noise, draw
-from russet.schedulers.configs import SchedulerConfig
+from russet.schedulers.configs import EVEN, SchedulerConfig
 from russet.schedulers.noise import Point, Table
 from russet.schedulers.schedule import Border, Schedule
 from russet.schedulers.solvers import Solver
@@ -61,13 +60,19 @@ class Timetable(Component):
         """
         return cls(cls.config_class.merged(config, changes, cls.__name__))
 
-    def make_table(self) -> Table:
-        rescale = self.key("rescale_betas_zero_snr", False)
-        return Table(noise.betas_of(self.config), self.zero_snr if rescale else None)  # type: ignore[arg-type]
+    def key(self, name: str, default: Any = None) -> Any:
+        """A value of the config, if the class has it; what was kept from another class does not count."""
+        return getattr(self.config, name) if name in field_types(type(self.config)) else default
+
+    # -- what a subclass may say in its own way
 
     def solver(self, steps: int, **options: Any) -> Solver:
         """The solver for a run of ``steps``; the options are those of ``self.options``."""
         raise NotImplementedError
+
+    def make_table(self) -> Table:
+        rescale = self.key("rescale_betas_zero_snr", False)
+        return Table(noise.betas_of(self.config), self.zero_snr if rescale else None)
 
     def border(self, **options: Any) -> Border:
         limit = None
@@ -75,37 +80,62 @@ class Timetable(Component):
             limit = thresholded(self.key("dynamic_thresholding_ratio"), self.key("sample_max_value"))
         elif self.key("clip_sample", False):
             limit = clipped(self.key("clip_sample_range"))
-        return Border(self.variance_preserving, self.key("prediction_type"), limit)
+        return Border(self.variance_preserving, self.key("prediction_type", "v_prediction"), limit)
+
+    def last_timestep(self) -> float:
+        return self.config.num_train_timesteps - 1
+
+    def point(self, t: float, sigma: float, schedule: str = "") -> Point:
+        """What the model is told at a noise level whose timestep is ``t``; ``schedule`` names where it comes from."""
+        if self.whole:  # Diffusers rounds the timesteps of Karras' noise levels, and cuts those of others off
+            t = math.floor(t) if schedule in ("exponential", "beta") else round(t)
+        return Point(float(t), sigma)
+
+    def point_at(self, t: float) -> Point:
+        return self.point(t, self.table.sigma(t))
+
+    def point_of(self, sigma: float, schedule: str = "") -> Point:
+        return self.point(self.table.t(sigma), sigma, schedule)
 
     def place(self, steps: int) -> list[Point]:
         """Where ``steps`` steps start, by the config's spacing and sigma schedule."""
         train, name = self.config.num_train_timesteps, self.key("timestep_spacing", "linspace")
-        even = name if name in spacing.EVEN else "linspace"
-        offset, last = self.key("steps_offset", 0), train - self.clipped()
-        times = spacing.timesteps(even, steps, train, last=last, offset=offset, spare=self.spare)
-        by_sigma = self.sigma_schedule()
-        if by_sigma is None:
+        unused = int((-np.log(self.table.sigmas) < self.key("lambda_min_clipped", -math.inf)).sum())
+        even = name if name in EVEN else "linspace"
+        offset = self.key("steps_offset", 0)
+        times = spacing.timesteps(even, steps, train, last=train - unused, offset=offset, spare=self.spare)
+        if (by_sigma := self.sigma_schedule()) is None:
             points = [self.point_at(float(t)) for t in (times.round() if self.whole else times)]
             arguments.falling(f"the noise levels of {steps} steps", [point.sigma for point in points])
-            arguments.inside(f"{steps} timesteps", [points[0].t], train - 1, whole=False)
+            arguments.inside(f"{steps} timesteps", [points[0].t], train - 1)
             return points
-        spaced = not self.whole_range and name in spacing.EVEN  # Karras' ends are those of the spaced timesteps
+        spaced = not self.whole_range and name in EVEN
         low, high = (times[-1], times[0]) if spaced else (0, train - 1)
-        low = self.key("sigma_min", None) or self.table.sigma(low)
-        high = self.key("sigma_max", None) or self.table.sigma(high)
-        found = spacing.sigmas(by_sigma, steps, low, high, self.table)
-        return [self.point_of(float(sigma), by_sigma) for sigma in found]
+        low = self.key("sigma_min") or self.table.sigma(low)
+        high = self.key("sigma_max") or self.table.sigma(high)
+        levels = spacing.sigmas(by_sigma, steps, low, high, self.table)
+        return [self.point_of(float(sigma), by_sigma) for sigma in levels]
 
-    def point_at(self, t: float) -> Point:
-        """The point of a timestep that is given or spaced."""
-        return Point(t, self.table.sigma(t))
+    def end(self) -> Point:
+        """Where the last step goes: to no noise at all, or to the noise of timestep 0."""
+        zero = self.key("final_sigmas_type", "zero") == "zero" and self.key("set_alpha_to_one", True)
+        return Point(0.0, 0.0 if zero else self.table.sigma(0))
 
-    def point_of(self, sigma: float, schedule: str = "") -> Point:
-        """The point of a noise level; a model that was trained at whole timesteps is told a whole one."""
-        t = self.table.t(sigma)
-        if self.whole:  # Diffusers rounds those of Karras, and cuts the others off
-            t = math.floor(t) if schedule in ("exponential", "beta") else round(t)
-        return Point(float(t), sigma)
+    def starts(self, plan: Schedule) -> list[int]:
+        """The calls, by number, at which a step begins: a run can start there. Others are in the middle of a step."""
+        last = {id(call): number for number, call in enumerate(plan.calls)}
+        return [last[id(point)] for point in plan.points]
+
+    def from_call(self, plan: Schedule, call: int) -> Schedule:
+        """The rest of a plan, whose calls are the plan's own from ``call`` on.
+
+        Raises:
+            InputError: the call is in the middle of a step.
+        """
+        starts = self.starts(plan)
+        if call not in starts:
+            raise InputError(f"call {call} is inside a step; steps begin at the calls {starts}")
+        return plan.start_at(starts.index(call))
 
     # -- schedules
 
@@ -130,78 +160,39 @@ class Timetable(Component):
             InputError: an argument that cannot be used.
         """
         arguments.one_of(steps=steps, timesteps=timesteps, sigmas=sigmas)
-        if eta or "eta" in self.options:
-            options["eta"] = eta
-        options = self.read_options(options)
+        options = self.read_options({**options, "eta": eta} if eta or "eta" in self.options else options)
+        end = self.end()
         if steps is not None:
-            points, end = self.place(arguments.steps(steps, self.config.num_train_timesteps)), self.end()
+            points = self.place(arguments.steps(steps, self.config.num_train_timesteps))
         elif timesteps is not None:
-            points, end = self.place_timesteps(arguments.numbers("timesteps", timesteps)), self.end()
+            points = self._place_timesteps(arguments.numbers("timesteps", timesteps))
         else:
-            levels = arguments.numbers("sigmas", sigmas)
-            if len(levels) < 2 or levels[-1] < 0:
-                raise InputError(f"sigmas must be two or more, and end at 0 or above, not {levels}")
-            arguments.falling("sigmas", levels)
-            points, end = [self.point_of(sigma) for sigma in levels[:-1]], self.point_of(levels[-1])
-        return Schedule(
-            tuple(points),
-            end,
-            self.solver(len(points), **options),
-            self.border(**options),
-            self.initial_sigma(points),
-            self.order,
-            self.needs_unconditional,
-        )
+            *levels, last = arguments.numbers("sigmas", sigmas)
+            arguments.falling("sigmas", [*levels, last])
+            if not levels or last < 0:
+                raise InputError(f"sigmas must be two or more, and end at 0 or above, not {[*levels, last]}")
+            points, end = [self.point_of(sigma) for sigma in levels], self.point_of(last)
+        solver, border = self.solver(len(points), **options), self.border(**options)
+        initial = self.initial_sigma(points[0].sigma)
+        return Schedule(tuple(points), end, solver, border, initial, self.order, self.needs_unconditional)
 
-    def place_timesteps(self, timesteps: list[float]) -> list[Point]:
+    def _place_timesteps(self, timesteps: list[float]) -> list[Point]:
         if chosen := self.sigma_schedule():
             raise InputError(f"timesteps cannot be given where the config asks for the sigma schedule {chosen}")
         arguments.falling("timesteps", timesteps)
         arguments.inside("timesteps", timesteps, self.last_timestep(), self.whole)
         return [self.point_at(t) for t in timesteps]
 
-    def end(self) -> Point:
-        return Point(0.0, 0.0 if self.config.ends_at_zero else self.table.sigma(0))
-
     def sigma_schedule(self) -> str | None:
         """The name of the sequence of noise levels, where the config asks for one."""
         for name in ("karras", "exponential", "beta"):
             if self.key(f"use_{name}_sigmas", False):
                 return name
-        if self.key("use_lu_lambdas", False):
-            return "lu"
         name = self.key("timestep_spacing", "linspace")
-        return None if name in spacing.EVEN else name
+        return "lu" if self.key("use_lu_lambdas", False) else None if name in EVEN else str(name)
 
-    def starts(self, plan: Schedule) -> list[int]:
-        """The calls, by number, at which a step begins: a run can start there. Others are in the middle of a step."""
-        last = {id(call): number for number, call in enumerate(plan.calls)}
-        return [last[id(point)] for point in plan.points if id(point) in last]
-
-    def from_call(self, plan: Schedule, call: int) -> Schedule:
-        """The rest of a plan, whose calls are the plan's own from ``call`` on.
-
-        Raises:
-            InputError: the call is in the middle of a step.
-        """
-        at = [step for step, point in enumerate(plan.points) if point is plan.calls[call]]
-        if call not in self.starts(plan) or not at:
-            raise InputError(f"call {call} is inside a step; steps begin at the calls {self.starts(plan)}")
-        return plan.start_at(at[0])
-
-    def noise_of(self, batch: int) -> Noise:
-        """A source for ``step``, which says before each draw where the noise comes from."""
-        return Noise(lambda: draw((), [], torch.device("cpu")))
-
-    def clipped(self) -> int:
-        """How many of the noisiest timesteps are never used: those where -log(sigma) is below lambda_min_clipped."""
-        return int((-np.log(self.table.sigmas) < self.key("lambda_min_clipped", -math.inf)).sum())
-
-    def last_timestep(self) -> float:
-        return self.config.num_train_timesteps - 1
-
-    def initial_sigma(self, points: Sequence[Point]) -> float:
-        highest = max(point.sigma for point in points)
+    def initial_sigma(self, highest: float) -> float:
+        """What standard normal noise is multiplied with to start from a noise level, as Diffusers does."""
         if self.variance_preserving:
             return 1.0
         return math.sqrt(highest**2 + 1) if self.key("timestep_spacing", "linspace") == "leading" else highest
@@ -212,10 +203,6 @@ class Timetable(Component):
         if "eta" in options:
             options["eta"] = arguments.fraction("eta", options["eta"])
         return options
-
-    def key(self, name: str, default: Any = None) -> Any:
-        """A value of the config, if the class has it; what was kept from another class does not count."""
-        return getattr(self.config, name) if name in field_types(type(self.config)) else default
 
 
 def clipped(limit: float) -> Callable[[Tensor], Tensor]:
@@ -231,6 +218,6 @@ def thresholded(ratio: float, most: float) -> Callable[[Tensor], Tensor]:
         low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
         s = torch.lerp(low, high, place - math.floor(place)).clamp(1, most)
         s = s.view(-1, *[1] * (x0.dim() - 1))
-        return x0.clamp(-s, s) / s
+        return torch.maximum(torch.minimum(x0, s), -s) / s
 
     return limit
