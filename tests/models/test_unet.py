@@ -68,8 +68,9 @@ VARIANTS = {
     },
     "nested depths with a middle": {
         **THREE,
-        "transformer_layers_per_block": (1, (2,), (3,)),
-        "reverse_transformer_layers_per_block": ((1, 2), (2, 1), 1),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, (2, 1), (3, 1)),
+        "reverse_transformer_layers_per_block": ((1, 2, 1), (2, 1, 1), 1),
     },
     "layers per block": {**TINY, "layers_per_block": (2, 1), "cross_attention_dim": (12, 12)},
     "odd values": {

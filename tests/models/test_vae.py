@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 
 import russet
@@ -164,7 +165,7 @@ def test_tile_sizes_that_make_no_sense_are_refused(options, message):
 def test_samples_follow_the_distribution_and_the_generator(randn):
     moments = torch.cat([randn(2, 4, 8, 8), torch.full((2, 4, 8, 8), -2.0)], dim=1)
     latents = DiagonalGaussian(moments)
-    reference = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution(moments)
+    reference = DiagonalGaussianDistribution(moments)
     seed = torch.Generator().manual_seed
     assert torch.equal(latents.sample(seed(5)), reference.sample(seed(5)))
     each = latents.sample([torch.Generator().manual_seed(i) for i in (7, 5)])
@@ -173,6 +174,13 @@ def test_samples_follow_the_distribution_and_the_generator(randn):
     assert abs(float((latents.sample() - latents.mean).std()) - 2.718281828**-1) < 0.1  # 512 draws of std exp(-1)
     with pytest.raises(InputError, match="2 rows"):
         latents.sample([torch.Generator()])
+
+
+def test_extreme_variances_are_bounded_as_in_diffusers(agree, randn):
+    moments = 40 * randn(2, 8, 4, 4)
+    reference = DiagonalGaussianDistribution(moments)
+    agree(DiagonalGaussian(moments).std, reference.std)
+    assert DiagonalGaussian(moments).logvar.abs().max() == 30
 
 
 def test_half_precision_latents_get_the_same_noise():
