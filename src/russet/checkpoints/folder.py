@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from russet.checkpoints import weight_names
-from russet.checkpoints.classes import TABLE, Entry, find
+from russet.checkpoints.classes import COMPONENTS, TABLE, Entry, find
 from russet.checkpoints.files import Weights, open_shards, open_weights
 from russet.checkpoints.weight_names import Choice
 from russet.errors import ConfigError, MissingFile, UnsafeFile
@@ -70,9 +70,10 @@ def parse_index(raw: Mapping[str, Any], where: str) -> Index:
             continue  # a setting of the pipeline
         if not _NAME.fullmatch(part):
             raise UnsafeFile(f"{where} has a component {part[:200]!r}; the name of a folder in it is needed")
-        if len(value) != 2 or not all(item is None or isinstance(item, str) for item in value):
+        if len(value) == 2 and all(item is None or isinstance(item, str) for item in value):
+            parts[part] = value[1]
+        elif part in COMPONENTS:
             raise ConfigError(f"{where}: {part} must be [library, class] or [null, null], not {reprlib.repr(value)}")
-        parts[part] = value[1]
     if not any(parts.values()):
         raise ConfigError(f"{where} names no component")
     return Index(class_name, parts, raw, where)

@@ -229,6 +229,7 @@ def at_once(work: Callable[[str], Path], items: Sequence[str], workers: int) -> 
             try:
                 done.put((number, work(items[number])))
             except Exception as error:
+                stop.set()
                 done.put((number, error))
 
     for _ in range(min(workers, len(items))):

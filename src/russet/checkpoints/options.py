@@ -5,24 +5,27 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Union
 
 from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
 
+if TYPE_CHECKING:
+    import torch
+
+# What models can be in, by the names that people use for it.
 DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float64": torch.float64,
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float64": "float64",
 }
 
-Precision = torch.dtype | Mapping[str, torch.dtype] | None  # one for all models, or by component; None is float32
+# One for all models, or by component; None is float32.
+Precision = Union["torch.dtype", Mapping[str, "torch.dtype"], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +110,21 @@ def read_dtype(
 
 
 def _one_dtype(value: torch.dtype | str) -> torch.dtype:
-    if isinstance(value, str):
-        found = DTYPES.get(value.removeprefix("torch."))
-    elif isinstance(value, torch.dtype):
-        found = value if value in DTYPES.values() else None
-    else:
+    import torch
+
+    if not isinstance(value, (str, torch.dtype)):
         raise ArgumentTypeError(f"a dtype must be a torch.dtype or its name, not {type(value).__name__}")
-    if found is None:
+    name = DTYPES.get(str(value).removeprefix("torch."))
+    if name is None:
         raise InputError(f"models cannot be in {value}; use torch.float32, torch.float16 or torch.bfloat16")
+    found: torch.dtype = getattr(torch, name)
     return found
 
 
 def precision_of(dtype: Precision, part: str) -> torch.dtype:
     """The precision of one component."""
+    import torch
+
     if isinstance(dtype, Mapping):
         return dtype.get(part) or dtype.get("default") or torch.float32
     return dtype or torch.float32
