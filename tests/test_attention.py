@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from russet import attention
-from russet.attention import chunked, fused, padded, plain, sliced, upcast
+from russet.attention import chunked, contiguous, fused, padded, plain, sliced, upcast
 from russet.errors import InputError
 
 METHODS = [
@@ -24,6 +24,7 @@ METHODS = [
     padded(fused, (32, 64)),
     padded(chunked(33, 700), (64,)),
     upcast(sliced(2)),
+    contiguous(fused),
 ]
 LENGTHS = [(1, 1), (1, 77), (77, 77), (768, 77), (767, 129), (97, 768)]
 # A result is a mean of values of size 1 under rounded weights: a few units in the last place of each dtype.
@@ -184,6 +185,16 @@ def test_scores_beyond_half_precision_need_upcast():
     q, k, v = (x * scale for x, scale in zip(tensors(8, 8, torch.float16), (300, 300, 1), strict=True))
     assert not plain(q, k, v, 1.0).isfinite().all()
     check(upcast(sliced(1)), q, k, v, 1.0)
+
+
+def test_contiguous_hands_on_operands_whose_memory_is_in_order():
+    def noting(q, k, v, scale, mask=None):
+        assert all(x.is_contiguous() for x in (q, k, v))
+        return fused(q, k, v, scale, mask)
+
+    inputs = tensors(5, 7)
+    assert not inputs[0].is_contiguous()
+    check(contiguous(noting), *inputs, scale=0.2)
 
 
 def test_methods_compare_hash_and_print_as_the_call_that_made_them():

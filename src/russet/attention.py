@@ -186,7 +186,7 @@ class upcast:
 
 
 @dataclass(frozen=True)
-class contiguous:  # noqa: N801
+class contiguous:
     """``inner`` on operands whose memory is in order: kernels exist that read strided ones wrongly."""
 
     inner: Attention
