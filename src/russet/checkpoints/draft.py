@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from russet.checkpoints import fill, folder, old_configs, old_keys
 from russet.checkpoints.classes import Entry
@@ -69,3 +70,9 @@ class Draft:
         if self.sources:
             fill.fill(self.component, self.sources, self.where, dtype=dtype)
         return self.component
+
+    def refill(
+        self, network: nn.Module, *, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> None:
+        """Reads the weights again into a network that has lost them."""
+        fill.fill(network, self.sources, self.where, dtype=dtype, device=device, memory_format=memory_format)

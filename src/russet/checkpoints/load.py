@@ -30,12 +30,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A pipeline's parts: ``components`` by name, None for those that it does without; ``index`` as it was read."""
+    """A pipeline's parts: ``components`` by name, None for those that it does without; ``index`` as it was read.
+
+    ``drafts`` has for each network that was read what reads its weights again: ``drafts[network].refill(network, …)``.
+    """
 
     class_name: str
     components: Mapping[str, Any]
     index: Mapping[str, Any]
     source: str
+    drafts: Mapping[Any, Draft] = dataclasses.field(default_factory=dict)
 
 
 def pipeline(
@@ -78,7 +82,8 @@ def pipeline(
     made = {part: draft.make(precision_of(dtype, part)) for part, draft in drafts.items()}
     log.info("%s: loaded %s in %.2f s", source, ", ".join(made), time.perf_counter() - started)
     components = {part: made.get(part) for part in index.parts} | overrides
-    return Loaded(index.class_name, components, index.raw, os.fspath(source))
+    filled = {made[part]: draft for part, draft in drafts.items() if draft.sources}
+    return Loaded(index.class_name, components, index.raw, os.fspath(source), filled)
 
 
 def component(

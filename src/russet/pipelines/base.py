@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import nn
 from typing_extensions import Self
 
 from russet.checkpoints import load, save
+from russet.checkpoints.draft import Draft
 from russet.devices.facts import best_device, read_facts
 from russet.devices.memory import Sizes
 from russet.devices.plan import Plan, Request, plan
@@ -44,6 +46,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         self._device = torch.device("cpu")
         self._dtype: torch.dtype | None = None  # what the user asked for; None: the plan decides
         self._as_given: frozenset[str] = frozenset(self.parts)  # whose precision the plan leaves alone
+        self._drafts: Mapping[Any, Draft] = {}  # network → what reads its weights again
         super().__init__()
         for name in self.parts:
             setattr(self, name, components.get(name))
@@ -119,6 +122,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         pipe.index = loaded.index
         pipe._dtype = dtype
         pipe._as_given = frozenset(given)
+        pipe._drafts = loaded.drafts
         pipe._place()
         assert isinstance(pipe, cls)
         return pipe
@@ -137,15 +141,18 @@ class DiffusionPipeline(SingleFiles, Switches):
             CheckpointError: the folder cannot be written; what stood there before is intact.
         """
         index = {**self.index, "requires_safety_checker": self.requires_safety_checker}
-        save.pipeline(
-            save_directory,
-            type(self).__name__,
-            self.components,
-            index,
-            variant=variant,
-            safe_serialization=safe_serialization,
-            max_shard_size=max_shard_size,
-        )
+        with contextlib.ExitStack() as whole:
+            for network in self.networks.values():
+                whole.enter_context(placement.whole(network, self._drafts.get(network)))
+            save.pipeline(
+                save_directory,
+                type(self).__name__,
+                self.components,
+                index,
+                variant=variant,
+                safe_serialization=safe_serialization,
+                max_shard_size=max_shard_size,
+            )
 
     @property
     def components(self) -> dict[str, Any]:
@@ -246,15 +253,22 @@ class DiffusionPipeline(SingleFiles, Switches):
             dtype = next(network.parameters()).dtype if name in self._as_given else self._dtype
             if dtype is not None:
                 wanted[name] = placement.dtype_name(dtype)
-        return dataclasses.replace(self._choices, dtype=wanted)
+        return dataclasses.replace(
+            self._choices, dtype=wanted, rereadable=self._drafts.keys() >= set(self.networks.values())
+        )
 
     def _place(self) -> None:
         """Puts every network where the plan wants it between calls, in its precision and layout."""
-        decided = self.plan()
+        plan = self.plan()
+        placement.set_environment(plan)
         for name, network in self.networks.items():
-            home = placement.home(name, decided, self._device)
-            network.to(home, placement.dtype_named(decided[f"dtype.{name}"]))
-            placement.layout(network, decided["memory_format"])
+            home = placement.home(name, plan, self._device)
+            placement.settle(name, network, plan, home, self._drafts.get(network))
+
+    def at_work(self, component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
+        """Has a network ready to work while the block lasts: ``with pipe.at_work("unet", plan): …``."""
+        network = self.networks[component]
+        return placement.at_work(component, network, plan, self._device, self._drafts.get(network))
 
 
 def check_components(where: str, parts: Mapping[str, Part], components: Mapping[str, Any]) -> None:

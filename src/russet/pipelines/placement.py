@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import nn
 
 from russet import attention
 from russet.attention import Attention
+from russet.checkpoints.draft import Draft
 from russet.devices.plan import AttentionChoice, Plan, Tile
 from russet.models.base import Model
+from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
 from russet.models.vae import AutoencoderKL
 
+CPU, META = torch.device("cpu"), torch.device("meta")
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -58,11 +62,20 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
     return attention.contiguous(made) if contiguous else made
 
 
+def set_environment(plan: Plan) -> None:
+    """Sets the variables that the device's allocator reads when it starts, unless the user has set them."""
+    for name, value in plan.environment.items():
+        os.environ.setdefault(name, value)
+
+
 def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
-    """Hands every network that attends the attention that the plan chose for it."""
+    """Hands every network that attends the attention that the plan chose for it, and all of them their norms."""
     for name in ("text_encoder", "unet", "vae"):
         if isinstance(network := networks.get(name), Model):
             network.set_attention(attention_of(plan, name))
+    composed, wide = plan["group_norm"] == "composed", plan["layer_norm"] == "float32"
+    for network in networks.values():
+        set_norms(network, composed_groups=composed, float32_layers=wide)
 
 
 @contextlib.contextmanager
@@ -85,26 +98,58 @@ def layout(module: nn.Module, memory_format: str) -> None:
 
 
 def home(component: str, plan: Plan, device: torch.device) -> torch.device:
-    """Where a network is while it does not work."""
-    aside = component == "text_encoder" and plan.text_encoder == "cpu"
-    return torch.device("cpu") if aside or plan.offload is not None else device
+    """Where a network is while it does not work; ``meta`` where its weights are dropped and read again when needed."""
+    if component == "text_encoder" and plan.text_encoder == "cpu":
+        return CPU
+    if plan.offload == "sequential":
+        return CPU
+    if plan.offload == "model" or (component == "text_encoder" and plan.text_encoder == "freed"):
+        return {"cpu": CPU, "dropped": META, "kept": device}[plan["idle_weights"]]
+    return device
+
+
+def settle(component: str, network: nn.Module, plan: Plan, device: torch.device, draft: Draft | None) -> None:
+    """Puts a network on a device in the plan's precision and layout, its weights read again if they were dropped."""
+    dtype = dtype_named(plan.dtype(component))
+    if next(network.parameters()).device == META and device != META:
+        assert draft is not None, "weights are only dropped where they can be read again"
+        draft.refill(network, device=device, dtype=dtype, memory_format=MEMORY_FORMATS[plan.memory_format])
+        return
+    network.to(device, dtype)
+    layout(network, plan.memory_format)
 
 
 @contextlib.contextmanager
-def at_work(module: nn.Module, plan: Plan, device: torch.device) -> Iterator[None]:
-    """Has a network ready on the device for as long as the block lasts, as the plan's "offload" says."""
-    resting = next(module.parameters()).device
-    if plan.offload == "sequential":
-        with streamed(module, device):
+def at_work(
+    component: str, network: nn.Module, plan: Plan, device: torch.device, draft: Draft | None
+) -> Iterator[None]:
+    """Has a network ready to work for as long as the block lasts, and puts it back where it rests."""
+    rest = home(component, plan, device)
+    if plan.offload == "sequential" and rest != device:
+        with streamed(network, device):
             yield
-    elif plan.offload == "model":
-        module.to(device)
+    elif rest == device or (component == "text_encoder" and plan.text_encoder == "cpu"):
+        yield
+    else:
         try:
+            settle(component, network, plan, device, draft)
             yield
         finally:
-            module.to(resting)
-    else:
+            network.to(rest)
+
+
+@contextlib.contextmanager
+def whole(network: nn.Module, draft: Draft | None) -> Iterator[None]:
+    """Has a network whose weights were dropped back in memory for as long as the block lasts."""
+    parameter = next(network.parameters())
+    dropped = parameter.device == META
+    if dropped and draft is not None:
+        draft.refill(network, device=CPU, dtype=parameter.dtype, memory_format=torch.contiguous_format)
+    try:
         yield
+    finally:
+        if dropped:
+            network.to(META)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from russet.devices.bugs import affected
 from russet.devices.facts import Facts, read_facts
-from russet.pipelines.self_test_cases import CASES, Case
+from russet.devices.plan import Request, plan
+from russet.pipelines import placement
+from russet.pipelines.self_test_cases import CASES, NETWORKS, SIZES, Case, NetworkCase, inputs
 from russet.pipelines.self_test_probes import PROBES, Probe
 
 TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 8e-2}
@@ -70,9 +72,12 @@ def self_test(device: str | torch.device | None = None) -> Iterator[Line]:
     """
     facts = read_facts(device)
     where = torch.device(device if device is not None else facts.device)
-    for case in CASES:
+    for case in (case for case in CASES if not (case.avoided_for and affected(facts, case.avoided_for))):
         for dtype in dtypes(facts):
             yield check(case, where, dtype)
+    for network in NETWORKS:
+        for dtype in dtypes(facts):
+            yield check_network(network, where, dtype, facts)
     for probe in PROBES:
         yield look(probe, where, facts)
 
@@ -87,17 +92,43 @@ def dtypes(facts: Facts) -> list[str]:
 def check(case: Case, device: torch.device, dtype: str) -> Line:
     """A case on the device, against the CPU in float32 with inputs rounded alike."""
     number = getattr(torch, dtype)
-    tolerance = TOLERANCE[dtype] * case.tolerance
-    inputs = case.inputs()
-    expected = case.compute(*(x.to(number).float() for x in inputs))
+    given = inputs(case.shapes)
+    expected = case.compute(*(x.to(number).float() for x in given))
+    return compared(
+        case.name,
+        dtype,
+        TOLERANCE[dtype] * case.tolerance,
+        lambda: case.compute(*(x.to(device).to(number) for x in given)),
+        expected,
+    )
+
+
+@torch.no_grad()
+def check_network(case: NetworkCase, device: torch.device, dtype: str, facts: Facts) -> Line:
+    """A network on the device as the plan would run it there, against the CPU in float32 with weights rounded alike."""
+    number = getattr(torch, dtype)
+    given = inputs(case.shapes)
+    expected = case.run(case.network().to(number).float(), *(x.to(number).float() for x in given))
+    made = plan(facts, SIZES, Request(dtype=dtype))
+
+    def there() -> Tensor:
+        network = case.network().to(device, number, memory_format=placement.MEMORY_FORMATS[made.memory_format])
+        placement.carry_out(made, {case.component: network})
+        return case.run(network, *(x.to(device).to(number) for x in given))
+
+    return compared(case.name, dtype, TOLERANCE[dtype] * case.tolerance, there, expected)
+
+
+def compared(name: str, dtype: str, tolerance: float, compute: Callable[[], Tensor], expected: Tensor) -> Line:
+    """What came, against what should have come."""
     try:
-        came = case.compute(*(x.to(device).to(number) for x in inputs)).float().cpu()
+        came = compute().float().cpu()
     except Exception as error:  # whatever it is, it belongs into the report, and the other cases should run
-        return Line(case.name, dtype, "failed", detail=first_line(error))
+        return Line(name, dtype, "failed", detail=first_line(error))
     if came.shape != expected.shape:
-        return Line(case.name, dtype, "wrong", detail=f"shape {list(came.shape)} instead of {list(expected.shape)}")
+        return Line(name, dtype, "wrong", detail=f"shape {list(came.shape)} instead of {list(expected.shape)}")
     difference = furthest(came, expected)
-    return Line(case.name, dtype, "ok" if difference <= tolerance else "wrong", difference, tolerance)
+    return Line(name, dtype, "ok" if difference <= tolerance else "wrong", difference, tolerance)
 
 
 def furthest(came: Tensor, expected: Tensor) -> float:

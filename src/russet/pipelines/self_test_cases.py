@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from russet import attention
+from russet.devices.memory import Sizes
 from russet.models.activations import ACTIVATIONS
+from russet.models.base import Model
 from russet.models.clip_text import CLIPTextModel
 from russet.models.norms import set_norms
 from russet.models.unet import UNet2DConditionModel
@@ -25,18 +28,21 @@ from russet.models.vae import AutoencoderKL
 class Case:
     """``compute`` turns tensors of the ``shapes`` (standard normal numbers) into one tensor, on any device and dtype.
 
-    ``tolerance`` multiplies what rounding alone may change; whole networks round often.
+    ``tolerance`` multiplies what rounding alone may change. Where a known defect holds, ``avoided_for``, Russet does not
+    compute like this, and neither does the test: it could end the whole process.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     compute: Callable[..., Tensor]
     tolerance: float = 1.0
+    avoided_for: str = ""
 
-    def inputs(self) -> list[Tensor]:
-        """Float32 on the CPU, the same every time."""
-        generator = Generator().manual_seed(0)
-        return [torch.randn(shape, generator=generator) for shape in self.shapes]
+
+def inputs(shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    """Standard normal numbers, float32 on the CPU, the same every time."""
+    generator = Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 MAP = (2, 32, 16, 16)
@@ -84,7 +90,12 @@ OPERATIONS = (
     Case("linear on strided tokens", (MAP, (48, 32)), lambda x, w: F.linear(x.permute(0, 2, 3, 1).flatten(1, 2), w)),
     Case("group norm", (MAP, (32,), (32,)), lambda x, w, b: group_norm(x, w, b, composed=False)),
     Case("group norm, composed", (MAP, (32,), (32,)), lambda x, w, b: group_norm(x, w, b, composed=True)),
-    Case("layer norm", (TOKENS, (32,), (32,)), lambda x, w, b: layer_norm(x, w, b, wide=False)),
+    Case(
+        "layer norm",
+        (TOKENS, (32,), (32,)),
+        lambda x, w, b: layer_norm(x, w, b, wide=False),
+        avoided_for="half-layer-norm",
+    ),
     Case("layer norm in float32", (TOKENS, (32,), (32,)), lambda x, w, b: layer_norm(x, w, b, wide=True)),
     Case("silu in place", (MAP,), lambda x: ACTIVATIONS["silu"](x + 0)),
     Case("gelu", (TOKENS,), ACTIVATIONS["gelu"]),
@@ -101,7 +112,8 @@ OPERATIONS = (
     Case("embedding", ((60, 32),), embedded),
     Case("argmax of whole numbers", ((4, 77),), furthest),
     Case("maximum and exponential", (TOKENS,), lambda x: (x - x.amax(-1, keepdim=True)).exp().sum(-1)),
-    Case("variance and mean", (MAP,), lambda x: torch.cat(torch.var_mean(x.float(), dim=(2, 3), unbiased=False))),
+    Case("mean", (MAP,), lambda x: x.float().mean(dim=(2, 3))),
+    Case("variance", (MAP,), lambda x: x.float().var(dim=(2, 3), unbiased=False)),
     Case("clamp and round", (MAP,), lambda x: (x.clamp(-1, 1) * 8).round() / 8, tolerance=15),
     Case("sines", ((64,),), lambda x: torch.cat([x.float().sin(), x.float().cos()])),
     Case("copies between precisions", (MAP,), lambda x: x.float().to(x.dtype)),
@@ -133,67 +145,89 @@ ATTENTIONS = (
     attending("chunked, float32 scores", attention.upcast(attention.chunked(96)), 160),
 )
 
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network with the same random weights every time, without touching torch's global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make()
+CASES = (*OPERATIONS, *ATTENTIONS)
 
 
-def tiny_unet() -> nn.Module:
-    return UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    )
+@dataclass(frozen=True)
+class NetworkCase:
+    """A tiny network with random weights: ``make`` it, and ``run`` it on tensors of the ``shapes``.
+
+    On the device it runs as the plan for the device says: attention, norms, memory format.
+    """
+
+    name: str
+    component: str
+    shapes: tuple[tuple[int, ...], ...]
+    make: Callable[[], Model]
+    run: Callable[..., Tensor]
+    tolerance: float = 6.0
+
+    def network(self) -> Model:
+        """The network with the same weights every time; torch's global generator is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.make()
 
 
-def tiny_vae() -> nn.Module:
-    return AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-    )
+def tiny_unet() -> Model:
+    return UNet2DConditionModel(**TINY_UNET)
 
 
-def tiny_text() -> nn.Module:
-    return CLIPTextModel(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
+def tiny_vae() -> Model:
+    return AutoencoderKL(**TINY_VAE)
 
 
-def drawn(x: Tensor, text: Tensor) -> Tensor:
-    return seeded(tiny_unet).to(x)(x, 500.0, text).sample  # type: ignore[no-any-return]
+def tiny_text() -> Model:
+    return CLIPTextModel(**TINY_TEXT)
 
 
-def decoded(z: Tensor) -> Tensor:
-    vae = seeded(tiny_vae).to(z)
+def drawn(unet: Model, x: Tensor, text: Tensor) -> Tensor:
+    output: Tensor = unet(x, 500.0, text)[0]
+    return output
+
+
+def decoded(vae: Model, z: Tensor) -> Tensor:
     assert isinstance(vae, AutoencoderKL)
     return vae.decode(z)[0]
 
 
-def encoded(x: Tensor) -> Tensor:
-    vae = seeded(tiny_vae).to(x)
+def encoded(vae: Model, x: Tensor) -> Tensor:
     assert isinstance(vae, AutoencoderKL)
     return vae.encode(x)[0].mean
 
 
-def read(x: Tensor) -> Tensor:
-    ids = torch.arange(0, 77, device=x.device)[None] % 100
-    return seeded(tiny_text).to(x)(ids).last_hidden_state  # type: ignore[no-any-return]
+def read(text: Model, x: Tensor) -> Tensor:
+    output: Tensor = text(torch.arange(0, 77, device=x.device)[None] % 100)[0]
+    return output
 
+
+TINY_UNET: dict[str, Any] = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}
+TINY_VAE: dict[str, Any] = {
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 8,
+}
+TINY_TEXT: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES = Sizes.of(unet=TINY_UNET, vae=TINY_VAE, text_encoder=TINY_TEXT, width=32, height=32)
 
 NETWORKS = (
-    Case("a tiny UNet", ((2, 4, 16, 16), (2, 77, 32)), drawn, tolerance=6),
-    Case("a tiny VAE, decoding", ((1, 4, 8, 8),), decoded, tolerance=6),
-    Case("a tiny VAE, encoding", ((1, 3, 16, 16),), encoded, tolerance=6),
-    Case("a tiny text encoder", ((1,),), read, tolerance=6),
+    NetworkCase("a tiny UNet", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, drawn),
+    NetworkCase("a tiny VAE, decoding", "vae", ((1, 4, 8, 8),), tiny_vae, decoded),
+    NetworkCase("a tiny VAE, encoding", "vae", ((1, 3, 16, 16),), tiny_vae, encoded),
+    NetworkCase("a tiny text encoder", "text_encoder", ((1,),), tiny_text, read),
 )
-
-CASES = (*OPERATIONS, *ATTENTIONS, *NETWORKS)

@@ -204,7 +204,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         assert self.tokenizer is not None
         assert self.text_encoder is not None
         different = list(dict.fromkeys(texts))
-        with placement.at_work(self.text_encoder, plan, self.device):
+        with self.at_work("text_encoder", plan):
             encoded = prompts.encode(self.tokenizer, self.text_encoder, different, clip_skip)
         return torch.stack([encoded[different.index(text)] for text in texts])
 
@@ -224,17 +224,17 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._guidance_scale = request.guidance.scale
         self._num_timesteps = len(schedule.timesteps)
         sampling = Sampling(self, request, conditioning, plan)
-        with placement.at_work(self.unet, plan, self.device):
+        with self.at_work("unet", plan):
             latents = sampling.from_noise(schedule, noise, start)
         return latents, tuple(sampling.notes)
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1] on the CPU, what the safety checker says of them, and notes."""
-        with placement.at_work(self.vae, plan, self.device), placement.tiled(self.vae, plan.vae_tile):
+        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
             pixels, notes = rescue.decoded(self.vae, latents, plan)
         if self.safety_checker is None or self.feature_extractor is None:
             return pixels, None, notes
-        with placement.at_work(self.safety_checker, plan, self.device):
+        with self.at_work("safety_checker", plan):
             pixels, flags = safety.checked(self.safety_checker, self.feature_extractor, pixels)
         return pixels, flags, notes
 

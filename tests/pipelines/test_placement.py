@@ -1,0 +1,138 @@
+"""Where networks are while they work and while they do not; the pictures do not depend on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import russet
+from russet.devices import published
+from russet.devices.facts import mac
+from russet.devices.plan import Plan, Request, plan
+from russet.pipelines import placement
+
+FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
+
+
+@pytest.fixture
+def own(tiny_folder: Path) -> Any:
+    """The tiny pipeline with networks of its own."""
+    pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def replanned(plan: Plan, **changes: Any) -> Plan:
+    """The plan with some of its decisions made otherwise."""
+    decisions = tuple(dataclasses.replace(one, value=changes.get(one.name, one.value)) for one in plan.decisions)
+    return dataclasses.replace(plan, decisions=decisions)
+
+
+def weights_of(pipe: Any) -> dict[str, torch.device]:
+    return {name: next(network.parameters()).device for name, network in pipe.networks.items()}
+
+
+def test_dropped_weights_are_read_again_for_each_call(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = own("a horse", **FAST).images
+    decide = own.plan
+    monkeypatch.setattr(
+        own, "plan", lambda **sizes: replanned(decide(**sizes), offload="model", idle_weights="dropped")
+    )
+    own._place()
+    assert set(weights_of(own).values()) == {torch.device("meta")}
+    for _ in range(2):
+        assert np.array_equal(before, own("a horse", **FAST).images)
+        assert set(weights_of(own).values()) == {torch.device("meta")}
+
+
+def test_a_freed_text_encoder_leaves_the_others_in_place(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = own("a horse", **FAST).images
+    decide = own.plan
+    monkeypatch.setattr(
+        own, "plan", lambda **sizes: replanned(decide(**sizes), text_encoder="freed", idle_weights="dropped")
+    )
+    assert np.array_equal(before, own("a horse", **FAST).images)
+    assert weights_of(own) == {
+        "vae": torch.device("cpu"),
+        "text_encoder": torch.device("meta"),
+        "unet": torch.device("cpu"),
+    }
+
+
+def test_a_pipeline_whose_weights_were_dropped_saves_whole(own: Any, tmp_path: Path) -> None:
+    before = own("a horse", **FAST).images
+    own.unet.to("meta")
+    own.save_pretrained(tmp_path / "saved")
+    assert own.unet.device == torch.device("meta")
+    again = russet.DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(before, again("a horse", **FAST).images)
+
+
+def test_only_networks_that_the_pipeline_read_itself_may_be_dropped(own: Any, tiny: Any) -> None:
+    assert own._request().rereadable
+    own.vae = tiny.vae
+    assert not own._request().rereadable
+    assert not tiny._request().rereadable
+
+
+def test_streamed_layers_are_on_the_device_one_at_a_time(own: Any) -> None:
+    at_home = {name: id(parameter) for name, parameter in own.unet.named_parameters()}
+    names = {module: name for name, module in own.unet.named_modules()}
+    seen = []
+
+    def check(layer: Any, args: Any) -> None:
+        away = {name.rpartition(".")[0] for name, p in own.unet.named_parameters() if id(p) != at_home[name]}
+        assert away == {names[layer]}
+        seen.append(layer)
+
+    with placement.streamed(own.unet, torch.device("cpu")):
+        layers = [module for module in own.unet.modules() if placement.own_parameters(module)]
+        hooks = [layer.register_forward_pre_hook(check) for layer in layers]
+        own.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, 32))
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == set(layers)
+    assert {name: id(p) for name, p in own.unet.named_parameters()} == at_home
+
+
+@pytest.mark.parametrize("mode", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload_draws_the_same_picture_and_is_listed_as_the_users(mode: str, own: Any) -> None:
+    before = own("a horse", **FAST).images
+    getattr(own, mode)(device="cpu")
+    output = own("a horse", **FAST)
+    assert np.array_equal(before, output.images)
+    assert output.plan.why("offload").by == "user"
+
+
+@pytest.mark.parametrize("given", [{"gpu_id": 0, "device": "cpu"}, {"gpu_id": -1}, {"gpu_id": "0"}, {"gpu_id": 99}])
+def test_offload_to_no_device_is_refused(given: dict[str, Any], own: Any) -> None:
+    with pytest.raises(russet.RussetError):
+        own.enable_model_cpu_offload(**given)
+    assert own("a horse", **FAST).images.shape == (1, 64, 64, 3)
+
+
+def test_convolutions_follow_the_plans_layout_and_pictures_do_not(own: Any, psnr: Any) -> None:
+    last = own("a horse", **FAST).images
+    assert own.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    own._choose(memory_format="contiguous")
+    own._place()
+    assert own.unet.conv_in.weight.is_contiguous()
+    assert psnr(last, own("a horse", **FAST).images) > 60
+
+
+def test_the_allocators_variables_are_set_unless_the_user_has_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided = plan(mac("M1", memory_gib=8), published.sd15(), Request())
+    high, low = decided.environment.items()
+    monkeypatch.delenv(high[0], raising=False)
+    monkeypatch.setenv(low[0], "0.5")
+    placement.set_environment(decided)
+    assert os.environ[high[0]] == high[1]
+    assert os.environ[low[0]] == "0.5"
+    monkeypatch.delenv(high[0])
