@@ -85,9 +85,10 @@ def resident(sizes: Sizes, found: Decisions, phases: Iterable[str]) -> dict[str,
     """Bytes of parameters that count against the device's memory in each phase."""
     weights = {name: count * found.width(name) for name, count in counts(sizes).items()}
     layers = {name: count * found.width(name) for name, count in largest_layers(sizes).items()}
-    if found.idle_weights != "kept" and found.offload is not None:
-        there = layers if found.offload == "sequential" else weights
-        return {phase: there[OWNER[phase]] for phase in phases}
+    if found.offload == "sequential" and found.idle_weights == "cpu":
+        return {phase: layers[OWNER[phase]] for phase in phases}
+    if found.offload == "model" and found.idle_weights != "kept":
+        return {phase: weights[OWNER[phase]] for phase in phases}
     whole = sum(weights.values())
     without_text = whole - weights["text_encoder"]
     if found.text_encoder == "cpu" and found.idle_weights == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +12,9 @@ class ComposedGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """From [B, C, h, w] to the same."""
         groups = input.view(input.shape[0], self.num_groups, -1, *input.shape[2:])
-        variance, mean = torch.var_mean(groups.float(), dim=(2, 3, 4), unbiased=False, keepdim=True)
+        wide = groups.float()  # not var_mean, which older mps lack
+        mean, variance = wide.mean((2, 3, 4), keepdim=True), wide.var((2, 3, 4), unbiased=False, keepdim=True)
+        del wide
         scale = (variance + self.eps).rsqrt() * self.weight.view(1, self.num_groups, -1, 1, 1)
         out: Tensor = (groups - mean.to(input.dtype)).flatten(1, 2)
         return out.mul_(scale.flatten(1, 2).to(input.dtype)).add_(self.bias[:, None, None])

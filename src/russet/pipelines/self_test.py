@@ -112,7 +112,8 @@ def check_network(case: NetworkCase, device: torch.device, dtype: str, facts: Fa
     made = plan(facts, SIZES, Request(dtype=dtype))
 
     def there() -> Tensor:
-        network = case.network().to(device, number, memory_format=placement.MEMORY_FORMATS[made.memory_format])
+        network = case.network()
+        placement.settle(case.component, network, made, device, None)
         placement.carry_out(made, {case.component: network})
         return case.run(network, *(x.to(device).to(number) for x in given))
 

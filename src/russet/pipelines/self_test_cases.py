@@ -28,8 +28,8 @@ from russet.models.vae import AutoencoderKL
 class Case:
     """``compute`` turns tensors of the ``shapes`` (standard normal numbers) into one tensor, on any device and dtype.
 
-    ``tolerance`` multiplies what rounding alone may change. Where a known defect holds, ``avoided_for``, Russet does not
-    compute like this, and neither does the test: it could end the whole process.
+    ``tolerance`` multiplies what rounding alone may change. Where the defect ``avoided_for`` is known to hold, Russet
+    does not compute like this, and neither does the test: it could end the whole process.
     """
 
     name: str
