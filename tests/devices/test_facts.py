@@ -144,6 +144,12 @@ def test_a_container_sees_its_own_limit(monkeypatch):
     assert machine.within_container(64 * GIB, 60 * GIB) == (64 * GIB, 60 * GIB)
 
 
+def test_the_cpu_of_a_mac_may_swap_and_that_of_a_server_may_not():
+    server = Facts(device="cpu", chip="CPU", memory=16 * GIB, available=4 * GIB, torch=(2, 13), system="Linux")
+    assert server.limit == server.budget
+    assert dataclasses.replace(server, system="macOS").limit == int(0.9 * 16 * GIB)
+
+
 def test_a_gpu_has_memory_of_its_own():
     gpu = Facts(device="cuda", chip="GPU", memory=8 * GIB, available=6 * GIB, torch=(2, 13))
     assert not gpu.unified

@@ -36,7 +36,8 @@ MEANING: Mapping[str, str] = {
     "offload": "None: all components are on the device; 'model': each is there only while it works; 'sequential': each"
     " layer only while it works",
     "idle_weights": "where weights are that are not on the device: 'cpu'; 'dropped' (deleted, and read from the"
-    " checkpoint again when needed; those of layers, 'sequential', stay on the CPU); 'kept': in the memory that CPU and device share; moving them frees nothing",
+    " checkpoint again when needed; those of layers, 'sequential', stay on the CPU); 'kept': in the"
+    " memory that CPU and device share; moving them frees nothing",
     "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO (Plan.environment) before mps is first used;"
     " None: leave them",
     "bucket": "sizes that the caller leaves open are rounded to multiples of this many pixels; given sizes are obeyed",

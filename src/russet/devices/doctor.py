@@ -14,7 +14,7 @@ from russet.devices import published
 from russet.devices.bugs import Bug, known
 from russet.devices.checks import Check, all_checks
 from russet.devices.facts import Facts
-from russet.devices.plan import Plan, plan
+from russet.devices.plan import Plan, Request, plan
 from russet.devices.sizes import Sizes
 from russet.devices.surroundings import Surroundings, look_around
 from russet.errors import DoesNotFit
@@ -75,8 +75,9 @@ def doctor(facts: Facts, surroundings: Surroundings | None = None) -> Report:
 
 
 def forecast(facts: Facts, title: str, sizes: Sizes) -> Forecast:
+    """The plan for a model that was loaded from the Hub, so that its weights can be read again."""
     try:
-        return Forecast(title, plan(facts, sizes))
+        return Forecast(title, plan(facts, sizes, Request(rereadable=True)))
     except DoesNotFit as error:
         return Forecast(title, None, str(error))
 

@@ -73,6 +73,8 @@ class Facts:
         """Bytes that the work must never pass: beyond, the device fails or the whole machine swaps."""
         if self.device == "mps":
             return min(self.working_set or self.memory, self.memory)
+        if self.system == "macOS":  # its memory is compressed and swapped before anything fails
+            return max(self.budget, int(self.memory * 0.9))
         return self.budget
 
     @property
