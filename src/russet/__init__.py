@@ -25,11 +25,32 @@ if TYPE_CHECKING:
     from russet.pipelines.base import DiffusionPipeline as DiffusionPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
+    from russet.schedulers.named import DDIMCFGPPScheduler as DDIMCFGPPScheduler
     from russet.schedulers.named import DDIMScheduler as DDIMScheduler
+    from russet.schedulers.named import DDPMScheduler as DDPMScheduler
+    from russet.schedulers.named import DEISMultistepScheduler as DEISMultistepScheduler
     from russet.schedulers.named import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+    from russet.schedulers.named import DPMSolverSDEScheduler as DPMSolverSDEScheduler
+    from russet.schedulers.named import DPMSolverSinglestepAncestralScheduler as DPMSolverSinglestepAncestralScheduler
+    from russet.schedulers.named import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
+    from russet.schedulers.named import EulerAncestralCFGPPScheduler as EulerAncestralCFGPPScheduler
     from russet.schedulers.named import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+    from russet.schedulers.named import EulerCFGPPScheduler as EulerCFGPPScheduler
+    from russet.schedulers.named import EulerChurnScheduler as EulerChurnScheduler
     from russet.schedulers.named import EulerDiscreteScheduler as EulerDiscreteScheduler
+    from russet.schedulers.named import HeunDiscreteScheduler as HeunDiscreteScheduler
+    from russet.schedulers.named import IPNDMDiscreteScheduler as IPNDMDiscreteScheduler
+    from russet.schedulers.named import IPNDMScheduler as IPNDMScheduler
+    from russet.schedulers.named import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
+    from russet.schedulers.named import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
+    from russet.schedulers.named import LCMScheduler as LCMScheduler
+    from russet.schedulers.named import LMSDiscreteScheduler as LMSDiscreteScheduler
     from russet.schedulers.named import PNDMScheduler as PNDMScheduler
+    from russet.schedulers.named import RestartScheduler as RestartScheduler
+    from russet.schedulers.named import TCDScheduler as TCDScheduler
+    from russet.schedulers.named import UniPCMultistepScheduler as UniPCMultistepScheduler
+    from russet.schedulers.names import list_samplers as list_samplers
+    from russet.schedulers.names import list_schedules as list_schedules
     from russet.tokenizer import CLIPTokenizer as CLIPTokenizer
 
 __version__ = "0.1.0"
@@ -41,17 +62,38 @@ HOMES = {
     "CLIPTextModelWithProjection": "russet.models.clip_text",
     "CLIPTokenizer": "russet.tokenizer",
     "CLIPVisionModelWithProjection": "russet.models.clip_vision",
+    "DDIMCFGPPScheduler": "russet.schedulers.named",
     "DDIMScheduler": "russet.schedulers.named",
+    "DDPMScheduler": "russet.schedulers.named",
+    "DEISMultistepScheduler": "russet.schedulers.named",
     "DPMSolverMultistepScheduler": "russet.schedulers.named",
+    "DPMSolverSDEScheduler": "russet.schedulers.named",
+    "DPMSolverSinglestepAncestralScheduler": "russet.schedulers.named",
+    "DPMSolverSinglestepScheduler": "russet.schedulers.named",
     "DiffusionPipeline": "russet.pipelines.base",
+    "EulerAncestralCFGPPScheduler": "russet.schedulers.named",
     "EulerAncestralDiscreteScheduler": "russet.schedulers.named",
+    "EulerCFGPPScheduler": "russet.schedulers.named",
+    "EulerChurnScheduler": "russet.schedulers.named",
     "EulerDiscreteScheduler": "russet.schedulers.named",
+    "HeunDiscreteScheduler": "russet.schedulers.named",
+    "IPNDMDiscreteScheduler": "russet.schedulers.named",
+    "IPNDMScheduler": "russet.schedulers.named",
+    "KDPM2AncestralDiscreteScheduler": "russet.schedulers.named",
+    "KDPM2DiscreteScheduler": "russet.schedulers.named",
+    "LCMScheduler": "russet.schedulers.named",
+    "LMSDiscreteScheduler": "russet.schedulers.named",
     "PNDMScheduler": "russet.schedulers.named",
+    "RestartScheduler": "russet.schedulers.named",
     "RussetError": "russet.errors",
     "StableDiffusionPipeline": "russet.pipelines.stable_diffusion",
     "StableDiffusionPipelineOutput": "russet.pipelines.output",
     "StableDiffusionSafetyChecker": "russet.models.safety_checker",
+    "TCDScheduler": "russet.schedulers.named",
     "UNet2DConditionModel": "russet.models.unet",
+    "UniPCMultistepScheduler": "russet.schedulers.named",
+    "list_samplers": "russet.schedulers.names",
+    "list_schedules": "russet.schedulers.names",
 }
 """Public name → the module that defines it."""
 

@@ -66,6 +66,24 @@ def test_the_same_seed_is_the_same_picture_and_no_file_is_overwritten(here):
     assert not np.array_equal(one, three)
 
 
+def test_a_sampler_is_chosen_by_name_and_told(here, capsys):
+    assert run([PROMPT, *QUICK, "--seed", "1", "--sampler", "DPM++ 2M Karras", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sampler"] == "DPM++ 2M Karras"
+    with Image.open(report["images"][0]["path"]) as image:
+        assert Parameters.of_text(image.text["parameters"]).settings["Sampler"] == "DPM++ 2M Karras"
+
+
+def test_samplers_lists_names_that_work(capsys):
+    from russet.schedulers import names
+
+    assert run(["samplers"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
+    assert listed == russet.list_samplers()
+    for name in listed:
+        assert names.title(names.make(name)) == names.SAMPLERS[name].title
+
+
 def test_several_pictures_have_several_seeds_and_the_report_is_json(here, capsys):
     arguments = ["generate", "info", "-n", "blurry, grey", "--number", "2", "--seed", "5", "--guidance", "3"]
     assert run([*arguments, "--width", "128", "--height", "192", "-o", "out/cat.png", "--json", *QUICK]) == 0
@@ -104,6 +122,7 @@ def test_a_long_prompt_is_warned_of(capsys):
 @pytest.mark.parametrize(
     ("words", "code", "hint"),
     [
+        (["--sampler", "dpmpp_2m_kras"], 2, "dpmpp_2m_karras"),
         (["--width", "250"], 2, "divisible by 8"),
         (["--model", "no/such/folder"], 1, "no/such/folder"),
         (["--model", "none.safetensors"], 1, "none.safetensors"),

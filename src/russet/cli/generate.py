@@ -16,9 +16,9 @@ import click
 import russet
 from russet.cli.screen import Screen
 from russet.errors import OutputError
+from russet.schedulers import names
 
 if TYPE_CHECKING:
-    from russet import DiffusionPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput
 
 DEMO = "mini"
@@ -46,6 +46,7 @@ class Job:
     height: int | None
     number: int
     output: Path
+    sampler: str | None
     device: str | None
     dtype: str | None
     quiet: bool
@@ -81,6 +82,7 @@ class Job:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=".", help="A folder, or a name that ends in .png."
 )
+@click.option("--sampler", metavar="NAME", help="`russet samplers` lists them. [default: the model's own]")
 @click.option("--device", metavar="NAME", help="mps, cuda, cuda:1 or cpu. [default: the best one]")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: what suits the device]")
 @click.option("-q", "--quiet", is_flag=True, help="Print the paths and nothing else.")
@@ -92,6 +94,8 @@ def command(**options: Any) -> None:
     """
     job = Job(**options).settled()
     check_output(job.output)
+    if job.sampler is not None:
+        names.parse(job.sampler)  # an unknown name is refused before torch is imported
     screen = Screen(quiet=job.quiet or job.as_json)
     if job.model == DEMO:
         screen.line(DEMO_NOTE)
@@ -120,7 +124,7 @@ def check_output(output: Path) -> None:
         raise OutputError(f"no picture can be written to {output}: {folder} may not be written to")
 
 
-def loaded(job: Job, screen: Screen) -> tuple[DiffusionPipeline, dict[str, float]]:
+def loaded(job: Job, screen: Screen) -> tuple[Any, dict[str, float]]:
     """The pipeline on its device, and how long the start and the loading took."""
     from russet import DiffusionPipeline, StableDiffusionPipeline
     from russet.devices.facts import best_device
@@ -128,9 +132,11 @@ def loaded(job: Job, screen: Screen) -> tuple[DiffusionPipeline, dict[str, float
     times = {"start": since_process_start()}
     began = time.perf_counter()
     if job.model.endswith(SINGLE_FILES):
-        pipe: DiffusionPipeline = StableDiffusionPipeline.from_single_file(job.model, torch_dtype=job.dtype)
+        pipe: Any = StableDiffusionPipeline.from_single_file(job.model, torch_dtype=job.dtype)
     else:
         pipe = DiffusionPipeline.from_pretrained(job.model, torch_dtype=job.dtype)
+    if job.sampler is not None:
+        pipe.scheduler = names.make(job.sampler, pipe.scheduler.config)
     pipe.to(job.device or best_device())
     pipe.set_progress_bar_config(**screen.bar("denoise"))
     return pipe, {**times, "load": time.perf_counter() - began}
@@ -178,7 +184,7 @@ def parameters(job: Job, pipe: Any, seed: int, size: tuple[int, int]) -> str:
 
     settings = {
         "Steps": job.steps,
-        "Sampler": type(pipe.scheduler).__name__.removesuffix("Scheduler"),
+        "Sampler": job.sampler or names.title(pipe.scheduler),
         "CFG scale": job.guidance,
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
@@ -202,6 +208,7 @@ def show(
             "negative_prompt": job.negative,
             "steps": job.steps,
             "guidance": job.guidance,
+            "sampler": job.sampler or names.title(pipe.scheduler),
             "width": width,
             "height": height,
             "device": str(pipe.device),

@@ -110,6 +110,15 @@ def parse(name: str) -> tuple[str, str | None]:
     raise InputError(f"no sampler is called {name!r}; {hint}")
 
 
+def title(scheduler: Scheduler) -> str:
+    """The name under which A1111 shows a scheduler's sampler; the class's own where no row of the table is it."""
+    kind = type(scheduler).__name__
+    for row in SAMPLERS.values():
+        if row.scheduler == kind and all(scheduler.config.get(key) == value for key, value in row.config.items()):
+            return row.title
+    return kind.removesuffix("Scheduler")
+
+
 def make(name: str, config: Mapping[str, Any] | None = None) -> Scheduler:
     """The scheduler of a name, for a model whose scheduler has this ``config`` (``pipe.scheduler.config``).
 
