@@ -46,6 +46,12 @@ def test_a_shard_outside_of_the_folder_is_refused(name: str, sharded: Any) -> No
         plain_name(name, "here")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "nothing.safetensors"])
+def test_a_shard_that_no_file_can_be_is_missing(name: str, sharded: Any) -> None:
+    with pytest.raises(MissingFile, match="cannot be opened"):
+        open_shards(sharded(weight_map={"a": name}))
+
+
 @pytest.mark.parametrize("weight_map", [None, [], {}, {"a": 3}, {"a": ["x"]}, "x"])
 def test_an_index_without_a_map_is_refused(weight_map: Any, sharded: Any) -> None:
     with pytest.raises(CorruptFile, match="weight_map"):

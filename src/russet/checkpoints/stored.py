@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -89,13 +90,14 @@ class StoredFile:
             MissingFile: nothing is there.
             CorruptFile: a folder or something else that is no file is there.
         """
-        if path.is_dir():
-            raise CorruptFile(f"{path} is a folder; a weight file was expected")
         try:
             facts = path.stat()
-        except OSError as error:
-            raise MissingFile(f"{path} cannot be opened: {error.strerror or error}") from None
-        if not path.is_file():
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            why = getattr(error, "strerror", None) or error
+            raise MissingFile(f"{str(path)[:1000]!r} cannot be opened: {why}") from None
+        if stat.S_ISDIR(facts.st_mode):
+            raise CorruptFile(f"{path} is a folder; a weight file was expected")
+        if not stat.S_ISREG(facts.st_mode):
             raise CorruptFile(f"{path} is not a regular file")
         return cls(path, facts.st_size, facts.st_mtime_ns)
 
