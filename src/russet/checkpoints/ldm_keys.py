@@ -259,7 +259,7 @@ IGNORED = re.compile(
     # training state and noise schedules, which the scheduler's config says
     r"(log_one_minus_|sqrt_|sqrt_one_minus_|sqrt_recip_|sqrt_recipm1_)?alphas_cumprod(_prev)?"
     r"|betas|posterior_\w+|log(var|_one_minus)\w*|lvlb_weights|scale_factor|global_step|epoch|denoiser\.\w*sigmas"
-    r"|(first_stage_model\.)?(loss|model_ema)\..+"
+    r"|(first_stage_model\.|vae\.)?(loss|model_ema)\..+"
     # markers of the prediction type
     r"|v_pred|ztsnr"
     # parts of CLIP that no picture depends on: counters, contrastive heads, vision towers

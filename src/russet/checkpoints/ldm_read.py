@@ -14,6 +14,8 @@ from russet.checkpoints.stored import Source, StoredTensor
 from russet.config import Config
 from russet.errors import CheckpointError, ConfigError, KeyMismatch
 
+OTHER_CONFIGS = "Configs other than the bundled ones are given as config="
+
 
 def draft(part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = False) -> Draft:
     """One network of the file, built and compared with its tensors, none of which is read yet.
@@ -32,20 +34,25 @@ def draft(part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = Fals
         raise ConfigError(f"{where}: there is no config for it; pass it in config=, or pass {part.component}=")
     target = find(ldm_keys.CLASSES[part.component], where).load()
     parsed = target.config_class.from_dict(config, where)
-    model = fill.build(target, parsed, limit=len(weights.tensors) + SPARE_TENSORS)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    sources: Mapping[str, Source]
-    if averaged and part.component == "unet":
-        sources = averaged_tensors(part, weights, shapes, parsed)
-    elif part.prefixes:
-        sources = tensors(part, weights, shapes, parsed)
-    else:
-        sources = old_keys.renewed(weights.tensors, shapes)
     try:
+        model = fill.build(target, parsed, limit=2 * len(weights.tensors) + SPARE_TENSORS)  # q, k, v
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        sources = find_tensors(part, weights, shapes, parsed, averaged=averaged)
         fill.check(model, {name: source.shape for name, source in sources.items()}, where)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}. {OTHER_CONFIGS}") from None
     except KeyMismatch as error:
-        raise KeyMismatch(f"{error} Configs other than the bundled ones are given as config=") from None
+        raise KeyMismatch(f"{error} {OTHER_CONFIGS}") from None
     return Draft(model, where, None, sources)
+
+
+def find_tensors(
+    part: Part, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config, *, averaged: bool
+) -> Mapping[str, Source]:
+    """The tensors for a network of ``shapes``, by our names."""
+    if averaged and part.component == "unet":
+        return averaged_tensors(part, weights, shapes, config)
+    return tensors(part, weights, shapes, config) if part.prefixes else old_keys.renewed(weights.tensors, shapes)
 
 
 def tensors(

@@ -70,6 +70,8 @@ def hub_file(name: str) -> HubFile | None:
     text = name if "://" in name or not name.startswith(HOSTS) else f"https://{name}"
     if "://" in text:
         return _address(text)
+    if text.startswith((".", "/", "~")):
+        return None
     parts = PurePosixPath(text).parts
     repository, path = "/".join(parts[:2]), "/".join(parts[2:])
     meant = path.endswith(WEIGHT_SUFFIXES) and is_hub_id(repository) and _inside(path) and "\\" not in name

@@ -29,7 +29,7 @@ PUBLISHED: Mapping[str, Meaning] = {  # how Stability AI named its files
     r"512-base-|v2-1_512|512-inpainting-|512-depth-|sd_turbo": "epsilon",
 }
 ARCHITECTURES: Mapping[str, Meaning] = {"-v2-768-v": "v_prediction", "-v2-512": "epsilon"}  # of modelspec metadata
-SIDECAR_LIMIT = 64 << 10  # bytes; the published YAML configs have 2 to 4 kB
+SIDECAR_LIMIT = 16 << 10  # bytes; the published YAML configs have 2 to 4 kB
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -12,14 +11,12 @@ from typing import Any
 
 from russet.checkpoints import configs, prediction
 from russet.checkpoints.configs import Recipe
-from russet.checkpoints.files import Weights
-from russet.checkpoints.kinds import Kind
+from russet.checkpoints.files import Weights, open_weights
+from russet.checkpoints.kinds import Kind, recognise
 from russet.checkpoints.locate import locate
 from russet.checkpoints.options import Options
 from russet.checkpoints.prediction import Prediction
 from russet.errors import ArgumentTypeError, CheckpointError, InputError
-
-log = logging.getLogger(__name__)
 
 TURBO_FILES = re.compile(r"sd_?(xl_?)?turbo")  # how Stability AI names its files
 
@@ -51,64 +48,75 @@ class Request:
             raise ArgumentTypeError(f"prediction_type must be a text, not {self.prediction_type!r}")
 
 
-def choose_recipe(
-    kind: Kind,
-    weights: Weights,
-    path: Path,
-    request: Request,
-    overrides: Mapping[str, Any],
-    options: Options,
-) -> Recipe:
-    """The configs for a file of ``kind``.
+@dataclasses.dataclass(frozen=True)
+class SingleFile:
+    """A weight file whose header has been read, and what it was recognised as."""
+
+    path: Path
+    weights: Weights
+    kind: Kind
+
+    @classmethod
+    def at(cls, path: Path) -> SingleFile:
+        """Opens a file; raises as ``files.open_weights`` does."""
+        weights = open_weights(path)
+        return cls(path, weights, recognise({name: tensor.shape for name, tensor in weights.tensors.items()}))
+
+    def told(self, request: Request, scheduler: Any = None) -> Prediction:
+        """What the model predicts, as far as the caller, the caller's scheduler, the file and its neighbour tell.
+
+        Raises:
+            InputError: the request has a wrong value.
+            CheckpointError: the YAML file cannot be read.
+        """
+        asked = request.prediction_type
+        if asked is None and scheduler is not None:
+            asked = getattr(scheduler, "config", {}).get("prediction_type")
+        return prediction.decide(
+            self.kind,
+            asked=asked,
+            sidecar=sidecar(self.path, request),
+            names=self.weights.tensors,
+            metadata=self.weights.metadata,
+            stem=self.path.stem,
+        )
+
+    def model(self, told: Prediction) -> str:
+        """The name of the bundled model that the file is like; there may be none of that name."""
+        architecture = self.weights.metadata.get("modelspec.architecture", "")
+        turbo = TURBO_FILES.match(self.path.stem.lower()) or "turbo" in architecture
+        family, task = self.kind.family, self.kind.task
+        if family == "sd2" and not task:
+            return "sd-turbo" if turbo else "sd2-base" if told.meaning == "epsilon" else "sd2-v"
+        if family == "sdxl" and not task and turbo:
+            return "sdxl-turbo"
+        return "-".join(word for word in (family, task) if word)
+
+
+def choose_recipe(file: SingleFile, told: Prediction, request: Request, options: Options) -> Recipe:
+    """The configs for a file that predicts what was ``told``: the caller's where there are such, else the bundled ones.
 
     Raises:
         InputError: the request has a wrong value.
         CheckpointError: there are no bundled configs for this kind, or those asked for cannot be read.
         ConfigError: the caller's configs cannot be used.
     """
-    asked = request.prediction_type
-    scheduler = overrides.get("scheduler")
-    if asked is None and scheduler is not None:
-        asked = getattr(scheduler, "config", {}).get("prediction_type")
-    told = prediction.decide(
-        kind,
-        asked=asked,
-        sidecar=sidecar(path, request),
-        names=weights.tensors,
-        metadata=weights.metadata,
-        stem=path.stem,
-    )
     if request.config is not None and not isinstance(request.config, Mapping):
         recipe = named_recipe(request.config, options)
         return adapted(recipe, told) if request.prediction_type else recipe
-    name = model_name(kind, told, weights.metadata, path.stem)
     given = checked_configs(request.config or {})
-    if name not in configs.models():
-        raise CheckpointError(f"{path} is a {kind}, of which Russet cannot make pictures")
+    if (name := file.model(told)) not in configs.models():
+        raise CheckpointError(f"{file.path} is a {file.kind}, of which Russet cannot make pictures")
     recipe = configs.bundled(name)
     for component, config in given.items():
         recipe = recipe.replaced(component, config)
-    if "scheduler" in given and not request.prediction_type:
-        return recipe
-    if told.meaning is None:
-        log.warning(
-            "%s: %s whether this Stable Diffusion 2 model predicts noise or velocity; taking v_prediction, as the "
-            "768-pixel models have it. If pictures come out as noise, load it with prediction_type='epsilon'; "
-            "prediction_type='v_prediction' confirms and ends this warning",
-            path,
-            told.why,
-        )
-    return adapted(recipe, told)
+    return recipe if "scheduler" in given and not request.prediction_type else adapted(recipe, told)
 
 
-def model_name(kind: Kind, told: Prediction, metadata: Mapping[str, str], stem: str) -> str:
-    """The name of the bundled model that a file is like."""
-    turbo = TURBO_FILES.match(stem.lower()) or "turbo" in metadata.get("modelspec.architecture", "")
-    if kind.family == "sd2" and not kind.task:
-        return "sd-turbo" if turbo else "sd2-base" if told.meaning == "epsilon" else "sd2-v"
-    if kind.family == "sdxl" and not kind.task and turbo:
-        return "sdxl-turbo"
-    return "-".join(word for word in (kind.family, kind.task) if word)
+def is_open(told: Prediction, request: Request) -> bool:
+    """Whether it is still to be found out what a model predicts."""
+    config = request.config
+    return told.meaning is None and (config is None or (isinstance(config, Mapping) and "scheduler" not in config))
 
 
 def adapted(recipe: Recipe, told: Prediction) -> Recipe:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from russet.checkpoints import configs, kinds, ldm_keys, prediction, recipes
+from russet.checkpoints import configs, ldm_keys
 from russet.checkpoints.classes import entry_of
 from russet.checkpoints.configs import Recipe
-from russet.checkpoints.files import Weights, open_weights
-from russet.checkpoints.kinds import Kind
 from russet.checkpoints.ldm_keys import Part
 from russet.checkpoints.ldm_read import draft
 from russet.checkpoints.locate_file import locate_file
 from russet.checkpoints.options import Options, precision_of, read_dtype
+from russet.checkpoints.recipes import Request, SingleFile, named_recipe
 from russet.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -58,13 +55,9 @@ def component(
     name = component_name(cls)
     wanted = Options.of(options)
     precision = read_dtype(torch_dtype=torch_dtype, dtype=dtype)
-    path = locate_file(source, wanted)
-    weights = open_weights(path)
-    kind = kinds.recognise({key: tensor.shape for key, tensor in weights.tensors.items()})
-    recipe = component_recipe(name, config, kind, weights, path, wanted)
-    made: T = draft(part_of(name, kind, weights), weights, recipe, averaged=extract_ema).make(
-        precision_of(precision, "")
-    )
+    file = SingleFile.at(locate_file(source, wanted))
+    recipe = component_recipe(name, config, file, wanted)
+    made: T = draft(part_of(name, file), file.weights, recipe, averaged=extract_ema).make(precision_of(precision, ""))
     return made
 
 
@@ -77,43 +70,34 @@ def component_name(cls: type[Any]) -> str:
     return name
 
 
-def part_of(name: str, kind: Kind, weights: Weights) -> Part:
+def part_of(name: str, file: SingleFile) -> Part:
     """Where the network lies in the file.
 
     Raises:
         CheckpointError: it is not in files of this kind.
     """
-    part = next((part for part in ldm_keys.LAYOUTS[kind.family or "sd1"] if part.component == name), None)
-    alone = kind.form == name
-    if part is None or not (alone or kind.form == "checkpoint"):
-        raise CheckpointError(f"{weights.where} has no {name}: it is {kind}")
+    part = next((part for part in ldm_keys.LAYOUTS[file.kind.family or "sd1"] if part.component == name), None)
+    alone = file.kind.form == name
+    if part is None or not (alone or file.kind.form == "checkpoint"):
+        raise CheckpointError(f"{file.path} has no {name}: it is a {file.kind}")
     if not alone:
         return part
-    prefixes = (*part.prefixes, "") if kind.layout == "LDM" else ()
+    prefixes = (*part.prefixes, "") if file.kind.layout == "LDM" else ()
     return dataclasses.replace(part, prefixes=prefixes)
 
 
 def component_recipe(
-    name: str,
-    config: str | os.PathLike[str] | Mapping[str, Any] | None,
-    kind: Kind,
-    weights: Weights,
-    path: Path,
-    options: Options,
+    name: str, config: str | os.PathLike[str] | Mapping[str, Any] | None, file: SingleFile, options: Options
 ) -> Recipe:
     """The configs for one network: the caller's, else the published ones."""
     if isinstance(config, Mapping):
         return Recipe("", {name: config})
     if config is not None:
-        return recipes.named_recipe(config, options)
-    if kind.family:
-        told = prediction.decide(kind, names=weights.tensors, metadata=weights.metadata, stem=path.stem)
-        model = recipes.model_name(kind, told, weights.metadata, path.stem)
-    elif name == "vae":
-        model = "sdxl" if re.search("xl", path.stem, re.IGNORECASE) else "sd1"
-        log.info("%s: taken for the VAE of %s by its name; config= says otherwise", path, model)
-    else:
-        model = ""
+        return named_recipe(config, options)
+    model = file.model(file.told(Request()))
+    if name == "vae" and not file.kind.family:
+        model = "sdxl" if "xl" in file.path.stem.lower() else "sd1"
+        log.info("%s: taken for the VAE of %s by its name; config= says otherwise", file.path, model)
     if model not in configs.models():
-        raise CheckpointError(f"{path} is {kind}, for which there is no config here; pass config=")
+        raise CheckpointError(f"{file.path} is a {file.kind}, for which there is no config here; pass config=")
     return configs.bundled(model)

@@ -6,6 +6,7 @@ say, the configs, is bundled (``configs``). As with folders, everything is check
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -13,15 +14,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from russet.checkpoints import configs, kinds, ldm_keys
+from russet.checkpoints import configs, ldm_keys
 from russet.checkpoints.classes import COMPONENTS, find
 from russet.checkpoints.configs import Recipe
-from russet.checkpoints.files import Weights, open_weights
 from russet.checkpoints.ldm_read import draft
 from russet.checkpoints.load import Loaded, check_overrides
 from russet.checkpoints.locate_file import locate_file
 from russet.checkpoints.options import Options, Precision, precision_of
-from russet.checkpoints.recipes import Request, choose_recipe
+from russet.checkpoints.prediction import Prediction
+from russet.checkpoints.recipes import Request, SingleFile, choose_recipe, is_open
+from russet.checkpoints.trial import tried
 from russet.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -54,41 +56,61 @@ def single_file(
     """
     overrides, options, request = dict(overrides or {}), options or Options(), Request(**how)
     check_overrides(overrides, COMPONENTS)
-    path = locate_file(source, options)
-    weights = open_weights(path)
-    kind = checkpoint_kind(weights)
-    recipe = choose_recipe(kind, weights, path, request, overrides, options)
-    parts = [part for part in ldm_keys.LAYOUTS[kind.family] if part.component not in overrides]
+    file = SingleFile.at(locate_file(source, options))
+    check_kind(file)
+    told = file.told(request, overrides.get("scheduler"))
+    recipe = choose_recipe(file, told, request, options)
+    parts = [part for part in ldm_keys.LAYOUTS[file.kind.family] if part.component not in overrides]
     if foreign := [part.component for part in parts if accepts is not None and part.component not in accepts]:
-        raise CheckpointError(f"{path} is a {kind}, with {', '.join(foreign)}; load it with {recipe.class_name}")
+        raise CheckpointError(
+            f"{file.path} is a {file.kind} with {', '.join(foreign)}; load it with {recipe.class_name}"
+        )
     started = time.perf_counter()
-    drafts = {part.component: draft(part, weights, recipe, averaged=request.extract_ema) for part in parts}
-    if strangers := ldm_keys.strangers(weights.tensors):
-        log.warning("%s: %d tensors not used, such as %s", path, len(strangers), strangers[0][:200])
-    small = {name: make_small(name, recipe, path) for name in SMALL if name in recipe.parts and name not in overrides}
+    drafts = {part.component: draft(part, file.weights, recipe, averaged=request.extract_ema) for part in parts}
+    if strangers := ldm_keys.strangers(file.weights.tensors):
+        log.warning("%s: %d tensors not used, such as %s", file.path, len(strangers), strangers[0][:200])
+    wanted = [name for name in SMALL if name in recipe.parts and name not in overrides]
+    small = {name: make_small(name, recipe, file.path) for name in wanted}
     made = {name: draft.make(precision_of(dtype, name)) for name, draft in drafts.items()}
-    log.info("%s: loaded a %s in %.2f s", path, kind, time.perf_counter() - started)
+    if is_open(told, request) and "unet" in made:
+        recipe = settle(file, told, request, options, made)
+        small["scheduler"] = make_small("scheduler", recipe, file.path)
+    log.info("%s: loaded a %s in %.2f s", file.path, file.kind, time.perf_counter() - started)
     components = {**dict.fromkeys(recipe.parts), **made, **small, **overrides}
     index = {"_class_name": recipe.class_name, **recipe.settings, "requires_safety_checker": False}
     return Loaded(recipe.class_name, components, index, os.fspath(source))
 
 
-def checkpoint_kind(weights: Weights) -> kinds.Kind:
-    """What the file is, if it is a model, or a UNet, in the layout of LDM.
-
-    Raises:
-        CheckpointError: it is something else; the error says what.
-    """
-    kind = kinds.recognise({name: tensor.shape for name, tensor in weights.tensors.items()})
+def check_kind(file: SingleFile) -> None:
+    """Raises CheckpointError unless the file is a model, or a UNet, in the layout of LDM; the error says what it is."""
+    kind = file.kind
     if kind.form in ("checkpoint", "unet") and kind.layout == "LDM" and kind.family and not kind.detail:
-        return kind
+        return
     hint = {
         "vae": "load it with AutoencoderKL.from_single_file, and pass it to a pipeline as vae=",
         "unet": "load it with UNet2DConditionModel.from_single_file, and pass it to a pipeline as unet=",
         "lora": "it changes another model, which must be loaded first",
         "embedding": "it adds words to another model, which must be loaded first",
     }.get(kind.form, "a file with the tensors of Stable Diffusion 1, 2 or XL is needed")
-    raise CheckpointError(f"{weights.where} is not a model that can be loaded by itself, but: {kind}; {hint}")
+    raise CheckpointError(f"{file.path} is not a model that can be loaded by itself, but: {kind}; {hint}")
+
+
+def settle(file: SingleFile, told: Prediction, request: Request, options: Options, made: Mapping[str, Any]) -> Recipe:
+    """The recipe of a model that nothing tells what it predicts, by asking its UNet, which is loaded by now."""
+    meaning = tried(made["unet"])
+    log.warning(
+        "%s: %s whether this model predicts noise or velocity; taking %s, as %s. If pictures come out as noise, load "
+        "it with prediction_type='epsilon' or 'v_prediction', which ends this warning too",
+        file.path,
+        told.why,
+        meaning or "v_prediction",
+        "a trial of its UNet shows" if meaning else "most such models have it (a trial of its UNet shows neither)",
+    )
+    recipe = choose_recipe(file, dataclasses.replace(told, meaning=meaning or "v_prediction"), request, options)
+    # Both kinds of Stable Diffusion 2 are the same networks; their configs differ in the size of pictures and the like.
+    for name, network in made.items():
+        network.config = type(network.config).from_dict(recipe.parts[name] or {})
+    return recipe
 
 
 SMALL = ("tokenizer", "tokenizer_2", "scheduler")
