@@ -316,15 +316,20 @@ def test_inputs_that_do_not_fit_are_named(shape, context, extra, message):
 
 def test_missing_conditions_are_named(randn):
     x, context = randn(2, 4, 16, 16), randn(2, 7, 12)
-    with pytest.raises(InputError, match=r"1 or 2 numbers.*not 3"):
+    with pytest.raises(InputError, match=r"1 or 2 numbers.*: 3"):
         UNet2DConditionModel(TINY)(x, torch.zeros(3), context)
     with pytest.raises(InputError, match="give class_labels"):
         UNet2DConditionModel(VARIANTS["class timestep"])(x, 9, context)
     with pytest.raises(InputError, match=r"text_embeds.*nothing"):
         UNet2DConditionModel(XL)(x, 9, context)
-    with pytest.raises(InputError, match="give 47 numbers; this UNet takes 46"):
+    with pytest.raises(InputError, match="give 47 numbers; this network takes 46"):
         UNet2DConditionModel(XL)(
             x, 9, context, added_cond_kwargs={"text_embeds": randn(2, 11), "time_ids": randn(2, 6)}
         )
+    for t, error in ((float("nan"), InputError), ("9", ArgumentTypeError), (None, ArgumentTypeError)):
+        with pytest.raises(error, match="timestep must be"):
+            UNet2DConditionModel(TINY)(x, t, context)
+    with pytest.raises(ArgumentTypeError, match="encoder_hidden_states must be a tensor, not NoneType"):
+        UNet2DConditionModel(TINY)(x, 9, None)
     with pytest.raises(TypeError, match="cross_attention_kwargs"):
         UNet2DConditionModel(TINY)(x, 9, context, cross_attention_kwargs={})

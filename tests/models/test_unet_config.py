@@ -119,6 +119,7 @@ def test_num_attention_heads_wins_over_the_misnamed_key():
         ({"addition_embed_type": "text"}, "addition_embed_type"),
         ({"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 8}, "addition_time_embed_dim"),
         ({"addition_time_embed_dim": 7}, "addition_time_embed_dim must be even"),
+        ({"freq_shift": 160}, "freq_shift must be from 0 to 159, not 160"),
         ({"dual_cross_attention": True}, "dual_cross_attention True is not supported; only False is"),
         ({"attention_type": "gated"}, "attention_type 'gated'"),
         ({"encoder_hid_dim": 1280}, "encoder_hid_dim 1280"),

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from russet.errors import InputError
-from russet.models.activations import ACTIVATIONS
-from russet.models.base import Model
+from russet.errors import ArgumentTypeError, InputError
 from russet.models.blocks import down_blocks, mid_block, up_blocks
-from russet.models.embeddings import Embedding, sinusoids
+from russet.models.conditioning import Conditioned
 from russet.models.unet_config import UNetConfig
 
 
@@ -22,7 +19,7 @@ class UNetOutput(NamedTuple):
     sample: Tensor
 
 
-class UNet2DConditionModel(Model):
+class UNet2DConditionModel(Conditioned):
     """The denoiser of Stable Diffusion 1, 2 and XL, their inpainting and editing forms, and LCM.
 
     Args:
@@ -39,32 +36,15 @@ class UNet2DConditionModel(Model):
         config = UNetConfig.of(config, changes)
         super().__init__(config)
         first = config.block_out_channels[0]
-        time = config.time_features
-        self.act = ACTIVATIONS[config.act_fn]
         self.text_features = config.text_features
         self.conv_in = nn.Conv2d(config.in_channels, first, config.conv_in_kernel, padding=config.conv_in_kernel // 2)
-        self.time_embedding = Embedding(first, time, config.act_fn, config.time_cond_proj_dim)
-        self.class_embedding = self._class_embedding(config)
-        self.add_embedding = None
-        if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type == "text_time":
-            self.add_embedding = Embedding(config.projection_class_embeddings_input_dim, time)
         self.down_blocks = down_blocks(config)
         self.mid_block = mid_block(config)
         self.up_blocks = up_blocks(config)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
-        self.conv_out = nn.Conv2d(
-            first, config.out_channels, config.conv_out_kernel, padding=config.conv_out_kernel // 2
-        )
+        last = config.out_channels, config.conv_out_kernel
+        self.conv_out = nn.Conv2d(first, *last, padding=config.conv_out_kernel // 2)
         self.eval()
-
-    @staticmethod
-    def _class_embedding(config: UNetConfig) -> nn.Module | None:
-        time = config.time_features
-        if config.class_embed_type == "timestep":
-            return Embedding(config.block_out_channels[0], time, config.act_fn)
-        if config.class_embed_type == "projection" and config.projection_class_embeddings_input_dim is not None:
-            return Embedding(config.projection_class_embeddings_input_dim, time)
-        return None if config.num_class_embeds is None else nn.Embedding(config.num_class_embeds, time)
 
     def forward(
         self,
@@ -94,15 +74,13 @@ class UNet2DConditionModel(Model):
 
         Raises:
             InputError: shapes that do not fit, or a condition that this UNet lacks, or misses.
+            ArgumentTypeError: something that should be a tensor is none.
         """
         self._check(sample, encoder_hidden_states)
         context = encoder_hidden_states
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        emb = self._time(sample, timestep, timestep_cond)
-        emb = self._with_class(emb, class_labels)
-        emb = self._with_size(emb, added_cond_kwargs)
-        emb = self.act(emb)  # every residual block needs it activated: once here, not once in each of them
+        emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
 
         maps = [self.conv_in(sample)]
         for block in self.down_blocks:
@@ -115,6 +93,9 @@ class UNet2DConditionModel(Model):
         return UNetOutput(x) if return_dict else (x,)
 
     def _check(self, sample: Tensor, context: Tensor) -> None:
+        for name, tensor in (("sample", sample), ("encoder_hidden_states", context)):
+            if not isinstance(tensor, Tensor):
+                raise ArgumentTypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         channels, size = self.config.in_channels, tuple(sample.shape)
         if len(size) != 4 or size[1] != channels or min(size) < 1:
             raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")
@@ -122,57 +103,6 @@ class UNet2DConditionModel(Model):
         if context.ndim != 3 or context.shape[0] != size[0] or features not in (None, context.shape[2]):
             wanted = f"[{size[0]}, N, {features or 'any'}]"
             raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")
-
-    def _time(self, sample: Tensor, timestep: float | Tensor, condition: Tensor | None) -> Tensor:
-        """The time embedding [B or 1, time]: one row where all pictures are at the same time."""
-        if isinstance(timestep, Tensor):
-            t = timestep.to(sample.device).reshape(-1)
-        else:  # filled on the device, which copies nothing to it
-            t = torch.full((1,), float(timestep), dtype=torch.float32, device=sample.device)
-        if t.shape[0] not in (1, sample.shape[0]):
-            raise InputError(f"timestep must hold 1 or {sample.shape[0]} numbers, as sample has rows; not {t.shape[0]}")
-        if condition is not None and self.config.time_cond_proj_dim is None:
-            raise InputError("timestep_cond was given, but this UNet has no time_cond_proj_dim to take it")
-        waves = self._sinusoids(t, self.config.block_out_channels[0])
-        return self.time_embedding(waves.to(sample.dtype), condition)  # type: ignore[no-any-return]
-
-    def _with_class(self, emb: Tensor, labels: Tensor | None) -> Tensor:
-        if (labels is None) != (self.class_embedding is None):
-            raise InputError(
-                "class_labels were given, but this UNet has no class embedding"
-                if self.class_embedding is None
-                else "this UNet has a class embedding: give class_labels"
-            )
-        if labels is None or self.class_embedding is None:
-            return emb
-        if self.config.class_embed_type == "timestep":
-            labels = self._sinusoids(labels, self.config.block_out_channels[0])
-        if self.config.class_embed_type is not None:
-            labels = labels.to(emb.dtype)
-        return emb + self.class_embedding(labels)  # type: ignore[no-any-return]
-
-    def _with_size(self, emb: Tensor, added: Mapping[str, Tensor] | None) -> Tensor:
-        """Adds XL's embedding of the pooled text and the six numbers of picture size, crop and target size."""
-        needed = {"text_embeds", "time_ids"} if self.add_embedding is not None else set()
-        given = set(added or {})
-        if given != needed:
-            raise InputError(
-                f"added_cond_kwargs must hold {sorted(needed) or 'nothing'}, not {sorted(given) or 'nothing'}"
-            )
-        if self.add_embedding is None or added is None or self.config.addition_time_embed_dim is None:
-            return emb
-        text, ids = added["text_embeds"], added["time_ids"]
-        waves = self._sinusoids(ids.flatten(), self.config.addition_time_embed_dim).reshape(ids.shape[0], -1)
-        vector = torch.cat([text, waves.to(text.dtype)], dim=-1).to(emb.dtype)
-        if vector.shape[-1] != self.config.projection_class_embeddings_input_dim:
-            raise InputError(
-                f"text_embeds [B, {text.shape[-1]}] and time_ids [B, {ids.shape[-1]}] give {vector.shape[-1]} numbers; "
-                f"this UNet takes {self.config.projection_class_embeddings_input_dim}"
-            )
-        return emb + self.add_embedding(vector)  # type: ignore[no-any-return]
-
-    def _sinusoids(self, numbers: Tensor, dim: int) -> Tensor:
-        return sinusoids(numbers, dim, cos_first=self.config.flip_sin_to_cos, shift=self.config.freq_shift)
 
 
 def _controlled(

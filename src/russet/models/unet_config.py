@@ -217,6 +217,8 @@ class UNetConfig(Config):
                 self.require(self[name] is not None, f"{reason} needs {name}")
         dim = self.addition_time_embed_dim
         self.require(dim is None or dim % 2 == 0, f"addition_time_embed_dim must be even, not {dim}")
+        waves = min(width, dim or width) // 2
+        self.require(0 <= self.freq_shift < waves, f"freq_shift must be from 0 to {waves - 1}, not {self.freq_shift}")
 
     @property
     def time_features(self) -> int:
