@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from russet import StableDiffusionPipeline
 from russet.cli.app import run
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +100,12 @@ def test_a_page_and_its_korean_twin_have_the_same_code_and_shape(page):
     assert other.is_file()
     assert [block[:3] for block in blocks(page)] == [block[:3] for block in blocks(other)]
     assert shape(page) == shape(other)
+
+
+def test_the_guide_lists_every_argument_of_a_call():
+    arguments = set(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "others"}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/en/guide.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == arguments
 
 
 def test_every_korean_page_has_an_english_one():

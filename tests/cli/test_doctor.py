@@ -25,6 +25,23 @@ def test_this_machine_is_judged_in_json(capsys):
     assert {"verdict", "facts", "checks", "bugs", "forecasts"} <= set(report)
 
 
+def test_the_self_test_is_shown_line_by_line(capsys):
+    assert run(["doctor", "--device", "cpu", "--self-test"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\n  ok ") > 10
+    assert "  all as it should be" in shown
+
+
+def test_the_self_test_goes_into_the_json_and_fails_where_it_is_wrong(capsys, monkeypatch):
+    from russet.pipelines import self_test
+
+    wrong = self_test.Line("addition", "float32", "wrong", difference=float("nan"), tolerance=1e-3)
+    monkeypatch.setattr(self_test, "self_test", lambda device: iter([wrong]))
+    assert run(["doctor", "--device", "cpu", "--self-test", "--json"]) == 1
+    (line,) = json.loads(capsys.readouterr().out)["self_test"]
+    assert (line["name"], line["verdict"], line["difference"]) == ("addition", "wrong", None)
+
+
 def test_a_mac_is_told_its_known_defects_and_what_is_done_about_them():
     shown = "\n".join(lines(doctor(mac("M1", memory_gib=8, macos="14.5", torch="2.4.1"))))
     assert "Known defects here" in shown

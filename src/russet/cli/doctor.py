@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +12,7 @@ import russet
 
 if TYPE_CHECKING:
     from russet.devices.doctor import Report
+    from russet.pipelines.self_test import Line
 
 PROBLEM = 1
 """The exit code where a requirement is not met."""
@@ -19,22 +20,48 @@ PROBLEM = 1
 
 @click.command("doctor")
 @click.option("--device", metavar="NAME", help="The device to judge: mps, cuda, cuda:1 or cpu. [default: the best one]")
+@click.option("--self-test", is_flag=True, help="Also compute what the networks compute, and compare with the CPU.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(device: str | None, as_json: bool) -> int:
+def command(device: str | None, self_test: bool, as_json: bool) -> int:
     """Checks this machine, and tells what would be done on it.
 
     Every requirement is a line: ok, warning or problem, and what to do. Then come the known defects of this PyTorch and
-    this macOS, and the plan for two well-known models. Ends with 1 where there is a problem.
+    this macOS, and the plan for two well-known models. Ends with 1 where there is a problem, or a wrong result.
     """
     from russet.devices.doctor import doctor
     from russet.devices.facts import read_facts
 
     report = doctor(read_facts(device))
-    if as_json:
-        click.echo(json.dumps({"russet": russet.__version__, **report.to_dict()}, indent=2))
-    else:
+    if not as_json:
         click.echo("\n".join(lines(report)))
-    return PROBLEM if report.verdict == "problem" else 0
+    tested = list(shown_self_test(device, quiet=as_json)) if self_test else []
+    if tested and not as_json:
+        click.echo("  all as it should be" if right(tested) else "  not all as it should be")
+    if as_json:
+        found = {"self_test": [line.to_dict() for line in tested]} if self_test else {}
+        click.echo(json.dumps({"russet": russet.__version__, **report.to_dict(), **found}, indent=2))
+    return 0 if report.verdict != "problem" and right(tested) else PROBLEM
+
+
+def shown_self_test(device: str | None, *, quiet: bool) -> Iterator[Line]:
+    """Runs the self-test, each line shown as it comes."""
+    from russet.pipelines.self_test import self_test
+
+    if not quiet:
+        click.echo("\nSelf-test: largest difference from the CPU in float32, as a share of the largest number")
+    for line in self_test(device):
+        if not quiet:
+            click.echo(f"  {line}")
+        yield line
+
+
+def right(tested: Sequence[Line]) -> bool:
+    """Whether every line of a self-test is as it should be; of none, too."""
+    if not tested:
+        return True
+    from russet.pipelines.self_test import passed
+
+    return passed(tested)
 
 
 def lines(report: Report) -> Iterator[str]:
