@@ -18,7 +18,7 @@ from russet.models.clip_text import CLIPTextModel
 from russet.models.safety_checker import StableDiffusionSafetyChecker
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.pipelines import arguments, placement, rescue, safety
+from russet.pipelines import arguments, engine, placement, rescue, safety
 from russet.pipelines import prompt as prompts
 from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.clock import Clock
@@ -72,6 +72,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         super().__init__(**components)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
+        self._primed: torch.device | None = None
         self.interrupt = False
         if self.safety_checker is not None and self.feature_extractor is None:
             raise InputError("a safety_checker needs a feature_extractor, which prepares the pictures for it")
@@ -224,9 +225,19 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._guidance_scale = request.guidance.scale
         self._num_timesteps = len(schedule.timesteps)
         sampling = Sampling(self, request, conditioning, plan)
+        if plan.priming and self._primed != self.device:
+            self.prime(sampling, schedule, start, plan)
         with self.at_work("unet", plan):
             latents = sampling.from_noise(schedule, noise, start)
         return latents, tuple(sampling.notes)
+
+    def prime(self, sampling: Sampling, schedule: Schedule, start: Tensor, plan: Plan) -> None:
+        """Calls UNet and VAE once for nothing: on some torch versions the first pass is unlike all later ones."""
+        with self.at_work("unet", plan):
+            sampling.predict(start, schedule.timesteps[0])
+        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
+            engine.decode(self.vae, start[:1], 1)
+        self._primed = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1] on the CPU, what the safety checker says of them, and notes."""
