@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +76,14 @@ def test_every_row_says_everything_once():
 def test_an_id_without_a_row_is_our_mistake():
     with pytest.raises(KeyError):
         affected(on(), "no-such-bug")
+
+
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_every_row_stands_on_the_page_in_the_tables_order(language):
+    page = (Path(__file__).parents[2] / "docs" / language / "devices.md").read_text(encoding="utf-8")
+    table = page[page.rindex("|---|") :]
+    assert re.findall(r"\]\((https://[^)]+)\)", table) == [bug.link for bug in BUGS]
+    if language == "en":
+        for bug in BUGS:
+            assert f"[{bug.what}]" in table
+            assert f"| {bug.remedy} |" in table

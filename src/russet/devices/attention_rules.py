@@ -13,7 +13,7 @@ from russet.devices.facts import Facts
 from russet.errors import InputError
 
 FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on
-SHORT = 2**30  # bytes of scores at a time even where memory is plenty: long command buffers meet the GPU's watchdog
+SHORT = 2**28  # bytes of scores at a time even where memory is plenty: long command buffers meet the GPU's watchdog
 LONGEST_CONTRACTION = 16384  # keys at a time on chips whose long products are wrong
 LEAST_ROOM = 2**27  # bytes for scores, whatever is free: smaller pieces would be slow
 WHOLE = AttentionChoice(kind="chunked")

@@ -62,7 +62,7 @@ def channels_last(device: torch.device) -> Pair:
 PROBES = (
     Probe("empty-baddbmm", torch.float32, empty_baddbmm),
     *((Probe("causal-leak", torch.float16, causal_leak),) if hasattr(F, "scaled_dot_product_attention") else ()),
-    Probe("strided-attention", torch.float32, strided_weight),
+    Probe("strided-linear", torch.float32, strided_weight),
     Probe("long-contraction", torch.float32, long_contraction),
     Probe("channels-last", torch.float32, channels_last),
 )
