@@ -19,7 +19,7 @@ MINI = Path(russet.__file__).parent / "mini"
 def test_a_pipeline_is_told_in_words(capsys):
     assert run(["inspect", "mini"]) == 0
     shown = capsys.readouterr().out
-    for text in ("unet: 10.6 M parameters, float16", "vae: 2.4 M", "StableDiffusionPipeline", "v_prediction"):
+    for text in ("unet:", "10.6 million parameters, float16", "StableDiffusionPipeline", "v_prediction"):
         assert text in shown
 
 
@@ -27,6 +27,15 @@ def test_a_pipeline_is_told_in_json(capsys):
     assert run(["inspect", str(MINI), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {part["name"] for part in report["parts"]} >= {"unet", "vae", "text_encoder"}
+
+
+def test_memory_is_predicted_for_a_size(capsys):
+    assert run(["inspect", "mini", "--size", "256x256", "--device", "cpu"]) == 0
+    assert "GB for 256x256 on" in capsys.readouterr().out
+    assert run(["inspect", "mini", "--size", "256x256", "--json", "--device", "cpu"]) == 0
+    assert "GB for 256x256 on" in json.loads(capsys.readouterr().out)["memory"]
+    assert run(["inspect", "mini", "--size", "big"]) == 2
+    assert run(["inspect", str(MINI / "vae"), "--size", "256x256"]) == 2
 
 
 def test_a_weight_file_is_told_without_its_weights(capsys):

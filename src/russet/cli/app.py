@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import russet
-from russet.cli import doctor, generate, info, inspect, models, samplers
+from russet.cli import bench, doctor, generate, info, inspect, models, samplers
 from russet.errors import InputError, RussetError
 
 
@@ -51,6 +51,7 @@ for command in (
     models.remove,
     info.command,
     doctor.command,
+    bench.command,
 ):
     app.add_command(command)
 

@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import russet
+from russet.cli.loading import (
+    DEMO,
+    device_option,
+    dtype_option,
+    height_option,
+    model_option,
+    open_pipeline,
+    width_option,
+)
 from russet.cli.screen import Screen
 from russet.errors import OutputError
 from russet.schedulers import names
@@ -21,7 +30,6 @@ from russet.schedulers import names
 if TYPE_CHECKING:
     from russet.pipelines.output import StableDiffusionPipelineOutput
 
-DEMO = "mini"
 DEMO_NOTE = (
     "mini is the demo model: emoji-like, 256×256. For Stable Diffusion 1.5 (4 GB, once): "
     "--model stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -29,7 +37,6 @@ DEMO_NOTE = (
 STEPS, GUIDANCE = 50, 7.5
 DEMO_STEPS, DEMO_GUIDANCE = 25, 5.0  # where mini draws best, says its README
 PNG = ".png"
-SINGLE_FILES = (".safetensors", ".ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +73,19 @@ class Job:
 @click.command("generate")
 @click.argument("prompt")
 @click.option("-n", "--negative", default="", metavar="TEXT", help="What not to draw.")
-@click.option(
-    "-m",
-    "--model",
-    default=DEMO,
-    show_default=True,
-    help="A Hub repository, a folder, a .safetensors or .ckpt file, or mini.",
-)
+@model_option
 @click.option("--steps", type=click.IntRange(min=1), help=f"[default: {STEPS}, with mini {DEMO_STEPS}]")
 @click.option("--guidance", type=float, help=f"How closely to follow. [default: {GUIDANCE}, with mini {DEMO_GUIDANCE}]")
 @click.option("-s", "--seed", type=click.IntRange(min=0), help="The same seed, the same picture. [default: random]")
-@click.option("-W", "--width", type=click.IntRange(min=8), help="In pixels. [default: as the model was trained]")
-@click.option("-H", "--height", type=click.IntRange(min=8), help="In pixels. [default: as the model was trained]")
+@width_option
+@height_option
 @click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=".", help="A folder, or a name that ends in .png."
 )
 @click.option("--sampler", metavar="NAME", help="`russet samplers` lists them. [default: the model's own]")
-@click.option("--device", metavar="NAME", help="mps, cuda, cuda:1 or cpu. [default: the best one]")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: what suits the device]")
+@device_option
+@dtype_option
 @click.option("-q", "--quiet", is_flag=True, help="Print the paths and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 def command(**options: Any) -> None:
@@ -126,18 +127,11 @@ def check_output(output: Path) -> None:
 
 def loaded(job: Job, screen: Screen) -> tuple[Any, dict[str, float]]:
     """The pipeline on its device, and how long the start and the loading took."""
-    from russet import DiffusionPipeline, StableDiffusionPipeline
-    from russet.devices.facts import best_device
+    import russet.pipelines.stable_diffusion  # noqa: F401  torch comes with it: its import belongs to the start
 
     times = {"start": since_process_start()}
     began = time.perf_counter()
-    if job.model.endswith(SINGLE_FILES):
-        pipe: Any = StableDiffusionPipeline.from_single_file(job.model, torch_dtype=job.dtype)
-    else:
-        pipe = DiffusionPipeline.from_pretrained(job.model, torch_dtype=job.dtype)
-    if job.sampler is not None:
-        pipe.scheduler = names.make(job.sampler, pipe.scheduler.config)
-    pipe.to(job.device or best_device())
+    pipe = open_pipeline(job.model, dtype=job.dtype, device=job.device, sampler=job.sampler)
     pipe.set_progress_bar_config(**screen.bar("denoise"))
     return pipe, {**times, "load": time.perf_counter() - began}
 

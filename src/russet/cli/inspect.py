@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from russet.errors import InputError
+from russet.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
-    from russet.checkpoints.inspect import Report
+    from russet.checkpoints.reports import Report
 
-SHOWN = 5
-"""How many of a list of names are shown to a person; JSON has them all."""
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--size", metavar="WxH", help="Also predict what a picture of this size takes here: 512x512.")
+@click.option("--device", metavar="NAME", help="The device for --size. [default: the best one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(path: Path, as_json: bool) -> None:
+def command(path: Path, size: str | None, device: str | None, as_json: bool) -> None:
     """Tells what PATH is, without reading its weights.
 
     PATH is a checkpoint's file or folder, a LoRA, mini, or a picture that Russet or the web UI made.
@@ -33,41 +34,37 @@ def command(path: Path, as_json: bool) -> None:
     from russet.checkpoints.inspect import inspect
 
     report = inspect(str(path))
+    memory = {} if size is None else {"memory": memory_for(report, size, device)}
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str, ensure_ascii=False))
-        return
-    for line in lines(report):
-        click.echo(line)
+        click.echo(json.dumps({**dataclasses.asdict(report), **memory}, indent=2, default=str, ensure_ascii=False))
+    else:
+        click.echo("\n".join([str(report), *(f"  {name + ':':<22}{text}" for name, text in memory.items())]))
 
 
-def lines(report: Report) -> Iterator[str]:
-    """A report as a person reads it."""
+def memory_for(report: Report, size: str, device: str | None) -> str:
+    """What a picture of a size takes on a device, in words.
+
+    Raises:
+        UsageError: ``size`` is no size.
+        InputError: the report is not about a whole model.
+    """
+    match = re.fullmatch(r"(\d+)[x×](\d+)", size)
+    if match is None:
+        raise click.UsageError(f"a size is two numbers of pixels, such as 512x768, not {size!r}")
+    if not {"unet", "vae"} <= set(report.configs):
+        raise InputError(f"{report.path} holds no whole model, so nothing can be predicted for a picture")
     from russet.devices.decisions import gigabytes
+    from russet.devices.facts import read_facts
+    from russet.devices.plan import plan
+    from russet.devices.sizes import Sizes
 
-    kind = " ".join(word for word in (report.kind.family, report.kind.task, report.kind.form) if word)
-    yield f"{report.path}: {kind}, {report.kind.layout} layout, {gigabytes(report.size)}"
-    for part in report.parts:
-        variants = f", variants {', '.join(part.variants)}" if part.variants else ""
-        yield f"  {part.name}: {part.parameters / 1e6:.1f} M parameters, {part.precision}{variants}"
-    if report.model:
-        yield f"  loads as {report.model}"
-    if report.predicts:
-        yield f"  predicts {report.predicts}"
-    if report.lora is not None:
-        layers = ", ".join(f"{count} of the {network}" for network, count in report.lora.layers.items())
-        yield f"  {report.lora.method} of rank {', '.join(map(str, report.lora.ranks))}, layers: {layers}"
-        if report.lora.base:
-            yield f"  made for {report.lora.base}"
-        yield from named("  not understood", report.lora.unknown or ())
-    yield from named("  of no network", report.unused)
-    for name, value in report.metadata.items():
-        yield f"  {name}: {value[:200]}"
-
-
-def named(what: str, names: tuple[str, ...]) -> Iterator[str]:
-    if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        yield f"{what}: {', '.join(names[:SHOWN])}{more}"
+    facts = read_facts(device)
+    given: dict[str, Any] = {name: report.configs[name] for name in NETWORKS if name in report.configs}
+    try:
+        made = plan(facts, Sizes.of(**given, width=int(match[1]), height=int(match[2])))
+    except DoesNotFit as error:
+        return str(error)
+    return f"at most {gigabytes(made.peak)} of {gigabytes(facts.memory)} for {size} on {facts.chip} ({facts.device})"
 
 
 def inspect_picture(path: Path, as_json: bool) -> None:
