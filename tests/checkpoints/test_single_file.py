@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from russet import StableDiffusionPipeline
+from russet import DiffusionPipeline, StableDiffusionPipeline
 from russet.checkpoints import ldm_keys
 from russet.checkpoints.load import Loaded
 from russet.checkpoints.single_file import single_file
@@ -261,7 +261,9 @@ def test_a_pipeline_gets_its_components_settings_and_no_safety_checker(files: di
 
 def test_a_file_of_another_family_is_refused_before_its_weights_are_read(files: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline"):
-        load(files["sdxl"], "sdxl", accepts=("unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+        StableDiffusionPipeline.from_single_file(files["sdxl"], config=ldm_tiny.configs("sdxl"))
+    with pytest.raises(CheckpointError, match="StableDiffusionXLImg2ImgPipeline"):
+        DiffusionPipeline.from_single_file(files["sdxl-refiner"], config=ldm_tiny.configs("sdxl-refiner"))
 
 
 def test_a_tokenizer_of_another_size_is_asked_for(files: dict[str, Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from russet.checkpoints import fill, ldm_keys, old_keys
+from russet.checkpoints import fill, ldm_keys, old_configs, old_keys
 from russet.checkpoints.classes import find
 from russet.checkpoints.configs import Recipe
 from russet.checkpoints.draft import SPARE_TENSORS, Draft
@@ -34,6 +34,8 @@ def draft(part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = Fals
         raise ConfigError(f"{where}: there is no config for it; pass it in config=, or pass {part.component}=")
     target = find(ldm_keys.CLASSES[part.component], where).load()
     parsed = target.config_class.from_dict(config, where)
+    if recipe.repair:
+        parsed = old_configs.repaired(parsed, where)
     try:
         model = fill.build(target, parsed, limit=2 * len(weights.tensors) + SPARE_TENSORS)  # q, k, v
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -10,11 +10,11 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from russet.checkpoints import configs, ldm_keys
+from russet.checkpoints import configs, ldm_keys, old_configs
 from russet.checkpoints.classes import COMPONENTS, find
 from russet.checkpoints.configs import Recipe
 from russet.checkpoints.ldm_read import draft
@@ -35,7 +35,7 @@ def single_file(
     overrides: Mapping[str, Any] | None = None,
     dtype: Precision = None,
     options: Options | None = None,
-    accepts: Collection[str] | None = None,
+    accepts: Callable[[str], Collection[str]] | None = None,
     **how: Any,
 ) -> Loaded:
     """Loads a pipeline out of one file, on the CPU. A safety checker is only there if the caller brings one.
@@ -46,7 +46,8 @@ def single_file(
         overrides: components to use instead of the file's own, or that the file lacks; None leaves one out.
         dtype: as for ``load.pipeline``.
         options: how to reach the Hub.
-        accepts: the components that the caller's pipeline has; None takes any.
+        accepts: given the name of the pipeline that the file is for, the components that the caller takes; it may
+            raise. None takes all. It is asked before any weight is read.
         how: the fields of ``Request``.
 
     Raises:
@@ -61,7 +62,8 @@ def single_file(
     told = file.told(request, overrides.get("scheduler"))
     recipe = choose_recipe(file, told, request, options)
     parts = [part for part in ldm_keys.LAYOUTS[file.kind.family] if part.component not in overrides]
-    if foreign := [part.component for part in parts if accepts is not None and part.component not in accepts]:
+    taken = accepts(recipe.class_name) if accepts else COMPONENTS
+    if foreign := [part.component for part in parts if part.component not in taken]:
         raise CheckpointError(
             f"{file.path} is a {file.kind} with {', '.join(foreign)}; load it with {recipe.class_name}"
         )
@@ -132,7 +134,9 @@ def make_small(name: str, recipe: Recipe, path: Path) -> Any:
     entry = find(class_name, f"{path}, {name}") if isinstance(class_name, str) else None
     if entry is None or entry.kind != "scheduler":
         raise ConfigError(f"{path}: a config for {name} must name its class as _class_name, not {class_name!r}")
-    return entry.load().from_config(config)
+    target = entry.load()
+    parsed = target.config_class.from_dict(config, f"{path}, {name}")
+    return target(old_configs.repaired(parsed, f"{path}, {name}") if recipe.repair else parsed)
 
 
 def tokenizer(name: str, recipe: Recipe, path: Path) -> Any:

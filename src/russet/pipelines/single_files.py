@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import Self
@@ -11,6 +11,7 @@ from typing_extensions import Self
 from russet.checkpoints import load
 from russet.checkpoints.single_file import single_file
 from russet.checkpoints.single_file_save import save_single_file
+from russet.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ class SingleFiles:
             overrides=components,
             dtype=precision,
             options=options,
-            accepts=cls.parts or None,
+            accepts=cls._accepted,
             config=config,
             original_config=original_config,
             prediction_type=prediction_type,
@@ -86,6 +87,18 @@ class SingleFiles:
         )
         pipe: Self = cls.assemble(loaded, precision, given=components)
         return pipe
+
+    @classmethod
+    def _accepted(cls, name: str) -> Collection[str]:
+        """The components of this pipeline, or where this is the base of all, of the one that a file is for."""
+        from russet.pipelines.classes import PIPELINES
+
+        if not cls.parts and name not in PIPELINES:
+            raise CheckpointError(
+                f"the file is for a {name}, which Russet does not have; its networks can be loaded by themselves, "
+                "with the from_single_file of their classes"
+            )
+        return cls.parts or PIPELINES[name].parts
 
     def save_single_file(self, path: str | os.PathLike[str]) -> None:
         """Writes UNet, VAE and text encoders into one .safetensors file that other programs read.

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from russet.checkpoints import old_configs
 from russet.checkpoints.folder import read_index
 from russet.errors import ConfigError
 from russet.smallfiles import read_json
@@ -40,6 +41,11 @@ class Recipe:
     parts: Mapping[str, Mapping[str, Any] | None]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
+
+    @property
+    def repair(self) -> bool:
+        """Whether the configs may have the faults of old checkpoints."""
+        return self.folder is not None and old_configs.repairs_apply(self.class_name)
 
     def changed(self, component: str, **changes: Any) -> Recipe:
         """The same with other values in one component's config."""
