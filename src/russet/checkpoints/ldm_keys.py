@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from russet.checkpoints.stored import ITEM_SIZES, StoredTensor
+from russet.checkpoints.stored import ITEM_SIZES, StoredTensor, row_major
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +58,6 @@ class Place:
         if self.conv:
             value = value[:, :, None, None]
         return value.t() if self.transposed else value
-
-
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides, in elements, of a tensor whose last axis varies fastest."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides[: len(shape)])
 
 
 Translate = Callable[[str, Mapping[str, Any]], Place]

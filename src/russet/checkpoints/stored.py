@@ -147,6 +147,14 @@ class StoredFile:
             return file.read(count)
 
 
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in elements, of a tensor whose last axis varies fastest."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides[: len(shape)])
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """One tensor in a file. ``strides`` (in elements) are given only where the bytes are not in row-major order."""

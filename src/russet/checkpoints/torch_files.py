@@ -13,7 +13,7 @@ from typing import Any
 
 from russet.checkpoints import pickles
 from russet.checkpoints.pickles import Inert, unpickle
-from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, TORCH_NAMES, StoredFile, StoredTensor
+from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, TORCH_NAMES, StoredFile, StoredTensor, row_major
 from russet.checkpoints.zips import place, read_directory
 from russet.errors import CorruptFile
 
@@ -140,20 +140,13 @@ def _locate(name: str, tensor: _Tensor, file: StoredFile, lookup: Lookup) -> Sto
     start, size = lookup(tensor.storage.key)
     item = ITEM_SIZES[tensor.dtype]
     found = StoredTensor(file, start + tensor.offset * item, tensor.dtype, tensor.shape, tensor.strides)
-    if found.strides == _row_major(found.shape) or found.count <= 1:
+    if found.strides == row_major(found.shape) or found.count <= 1:
         found = dataclasses.replace(found, strides=None)
     if (tensor.offset + found.span) * item > size:
         raise CorruptFile(f"{file.path}: tensor {name[:200]!r} reaches beyond its storage; the file is damaged")
     if found.count > found.span:
         raise CorruptFile(f"{file.path}: tensor {name[:200]!r} uses the same bytes twice; that is refused")
     return found
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides[: len(shape)])
 
 
 def _item_size(kind: _Kind) -> int:
