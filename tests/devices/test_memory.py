@@ -149,6 +149,15 @@ def test_the_embedded_unet_peaks_as_predicted():
     assert unet_peak(sizes, 2, (32, 32), Arithmetic()) == pytest.approx(measured, rel=WITHIN)
 
 
+@pytest.mark.parametrize(("width", "height", "images"), [(128, 128, 1), (128, 64, 6)])
+def test_a_whole_call_peaks_as_predicted(shared_mini, width, height, images):
+    options = {"width": width, "height": height, "num_images_per_prompt": images, "num_inference_steps": 2}
+    with LiveBytes() as counted:  # the weights were made before
+        output = shared_mini("a cat", seed=0, **options)
+    predicted = max(phase.activations + phase.kept for phase in output.plan.estimate.phases)
+    assert predicted == pytest.approx(counted.peak, rel=WITHIN)
+
+
 def test_parameters_are_counted_exactly():
     for config in UNETS.values():
         assert parameters.unet(UNetSizes.of(config)) == count(UNet2DConditionModel(config))

@@ -69,8 +69,8 @@ def ways(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]) -
 
 def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], list[Rung]]:
     """The usual ladder (fewer images at a time, tiles, weights there only while needed), and the last resort."""
-    most = max(1, AT_ONCE[facts.device] * UNIT // (sizes.width * sizes.height))
-    ladder = [Rung(n) for n in range(sizes.images, 0, -1) if sizes.images % n == 0 and n <= most]
+    most = AT_ONCE[facts.device] * UNIT // (sizes.width * sizes.height)
+    ladder = [Rung(n) for n in equal_parts(sizes.images, most)]
     if max(sizes.latents) > TILE.size:
         ladder.append(Rung(1, TILE))
     last = ladder[-1]
@@ -79,6 +79,11 @@ def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], lis
     elif request.rereadable:
         ladder += [last._replace(text_encoder="freed"), last._replace(offload="model")]
     return ladder, [rung._replace(vae_tile=SMALL_TILE) for rung in ladder if rung.micro_batch == 1]
+
+
+def equal_parts(images: int, most: int) -> list[int]:
+    """Sizes of equal parts of the images, the largest first, none above ``most``: parts of one size keep one shape."""
+    return [n for n in range(images, 1, -1) if images % n == 0 and n <= most] + [1]
 
 
 def least_peak(facts: Facts, sizes: Sizes, request: Request) -> int:
@@ -91,7 +96,7 @@ def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: st
     """A rung as decisions, with the attention that suits it. ``reason`` says why it is not the rung above."""
     user, start = request.user, Rung(1)
     one = "one at a time takes the least memory" if sizes.images > 1 else "there is one"
-    at_once = max(1, DECODED[facts.device] * UNIT // (sizes.width * sizes.height))
+    decoded = equal_parts(sizes.images, DECODED[facts.device] * UNIT // (sizes.width * sizes.height))[0]
 
     def pick(name: str, value: object, usual: object, plain: str) -> Decision:
         return settled(user, name, value, plain if value == usual else reason)
@@ -100,7 +105,7 @@ def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: st
         decisions=(
             *dtype_decisions(facts, sizes, request),
             settled(user, "micro_batch", rung.micro_batch, "as many as fit" if rung.micro_batch > 1 else one),
-            settled(user, "vae_batch", min(at_once, sizes.images), "decoding is the widest moment"),
+            settled(user, "vae_batch", decoded, "decoding is the widest moment"),
             pick("vae_tile", rung.vae_tile, start.vae_tile, "a picture of this size fits as a whole"),
             pick("text_encoder", rung.text_encoder, start.text_encoder, "there is room for it"),
             pick("offload", rung.offload, start.offload, "there is room for everything"),
