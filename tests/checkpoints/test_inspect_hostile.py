@@ -48,6 +48,16 @@ def test_any_header_gives_a_report_and_loads_or_is_refused(
         single_file(path)
 
 
+def test_a_report_does_not_act_on_the_terminal(tmp_path: Path) -> None:
+    metadata = {"modelspec.title": "nice\x1b[2J\nmodel\u202e"}
+    path = write_sparse(
+        tmp_path / "a.safetensors", {"evil\x1b]0;x\x07": (1,), "lora_unet_x.alpha": ()}, metadata=metadata
+    )
+    text = str(inspect(path))
+    assert all(char.isprintable() or char == "\n" for char in text)
+    assert "nice" in text
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet="ab:- []{}&*!|>'\"#\n\t%@?1.e", max_size=200) | st.binary(max_size=200))
 def test_any_yaml_is_a_mapping_or_refused(text: str | bytes, tmp_path: Path) -> None:

@@ -80,7 +80,10 @@ class Report:
         return any(part.name == EMA for part in self.parts)
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Label and text of each thing that there is to say."""
+        """Label and text of each thing that there is to say, each on one line and safe to print."""
+        return ((label, printable(text)) for label, text in self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
         yield "what", str(self.kind)
         yield "size", f"{spelled_bytes(self.size)}, {spelled_count(self.parameters)} parameters"
         for part in self.parts:
@@ -101,7 +104,7 @@ class Report:
                 yield label, text if len(text) <= 200 else f"{text[:200]}…"
 
     def __str__(self) -> str:
-        return "\n".join([self.path, *(f"  {label + ':':<22}{text}" for label, text in self.rows())])
+        return "\n".join([printable(self.path), *(f"  {label + ':':<22}{text}" for label, text in self.rows())])
 
 
 def lora_rows(lora: LoraReport) -> Iterator[tuple[str, str]]:
@@ -117,6 +120,11 @@ def lora_rows(lora: LoraReport) -> Iterator[tuple[str, str]]:
 def listed(names: tuple[str, ...]) -> str:
     more = f", … ({len(names) - SHOWN} more)" if len(names) > SHOWN else ""
     return ", ".join(name[:100] for name in names[:SHOWN]) + more
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what would act on a terminal."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def spelled_bytes(count: int) -> str:
