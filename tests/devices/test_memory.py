@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from russet.attention import chunked, fused, sliced, upcast
+from russet.checkpoints.fill import build
 from russet.devices import parameters, published
 from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.devices.choices import AttentionChoice
+from russet.devices.facts import parse_version
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 from russet.errors import ConfigError, InputError
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
@@ -156,6 +158,16 @@ def test_a_whole_call_peaks_as_predicted(shared_mini, width, height, images):
         output = shared_mini("a cat", seed=0, **options)
     predicted = max(phase.activations + phase.kept for phase in output.plan.estimate.phases)
     assert predicted == pytest.approx(counted.peak, rel=WITHIN)
+
+
+@pytest.mark.skipif(parse_version(torch.__version__) < (2, 0), reason="older torch has no meta kernels for all of it")
+def test_stable_diffusion_15_peaks_as_predicted_at_full_size():
+    unet = build(UNet2DConditionModel, UNet2DConditionModel.config_class.from_dict(published.SD15_UNET)).half()
+    unet.set_attention(sliced(16))
+    x, text = (torch.empty(shape, device="meta", dtype=torch.float16) for shape in ((2, 4, 64, 64), (2, 77, 768)))
+    measured = peak_of(lambda: unet(x, 1.0, text))  # shapes alone: nothing is computed
+    how = Arithmetic(width=2, attention=AttentionChoice(kind="sliced", rows=16))
+    assert unet_peak(UNetSizes.of(published.SD15_UNET), 2, (64, 64), how) == pytest.approx(measured, rel=WITHIN)
 
 
 def test_parameters_are_counted_exactly():
