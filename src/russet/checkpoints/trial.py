@@ -9,7 +9,7 @@ import torch
 from russet.checkpoints.prediction import Meaning
 
 LAST_TIMESTEP = 999
-SIDE = 16  # latents per side: enough numbers to tell a similarity of 0 from one of 1, few enough to take a second
+SIDE = 8  # latents per side: enough numbers to tell a likeness of 0 from one of 1, few enough to take seconds
 
 
 @torch.no_grad()
