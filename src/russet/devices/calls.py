@@ -49,6 +49,13 @@ def text_calls(sizes: Sizes) -> list[Attended]:
     ]
 
 
+def attention_calls(component: str, sizes: Sizes, found: Decisions) -> list[Attended]:
+    """The attention calls of ``"unet"``, ``"vae"`` or ``"text_encoder"``."""
+    if component == "unet":
+        return unet_calls(sizes, found)
+    return [vae_call(sizes, found)] if component == "vae" else text_calls(sizes)
+
+
 def largest_tensors(sizes: Sizes, found: Decisions) -> Iterator[tuple[int, int]]:
     """(numbers, bytes per number) of the tensors that can pass a device's limits."""
     for call in unet_calls(sizes, found):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from russet.devices.attention_rules import LEAST_ROOM, Caps, choose_attention, slicing_asked
-from russet.devices.calls import largest_tensors, text_calls, unet_calls, vae_call
+from russet.devices.calls import attention_calls, largest_tensors
 from russet.devices.choices import SMALL_TILE, TILE, Request, Tile
 from russet.devices.decisions import Decision, Decisions, gigabytes, settled
 from russet.devices.facts import Facts
@@ -120,14 +120,9 @@ def attention_decisions(facts: Facts, sizes: Sizes, request: Request, found: Dec
     """Attention for each component; scores may take a third of what the weights leave free."""
     weights = max(resident(sizes, found, ("denoise", "decode")).values())
     room = max(LEAST_ROOM, (facts.budget - weights) // 3)
-    calls = {
-        "unet": unet_calls(sizes, found),
-        "vae": [vae_call(sizes, found)],
-        "text_encoder": text_calls(sizes),
-    }
     decisions = []
-    for component, made in calls.items():
-        name = f"attention.{component}"
+    for component in ("unet", "vae", "text_encoder"):
+        name, made = f"attention.{component}", attention_calls(component, sizes, found)
         overflows = component == "unet" and sizes.unet.upcast
         if component == "unet" and request.attention_slicing is not None:
             asked = slicing_asked(facts, found.dtype(component), made, request.attention_slicing, overflows)

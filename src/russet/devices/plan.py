@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from russet.devices.attention_rules import precise_attention
-from russet.devices.calls import unet_calls, vae_call
+from russet.devices.calls import attention_calls
 from russet.devices.choices import MEANING, AttentionChoice, Request, Tile
 from russet.devices.decisions import Decision, Decisions, gigabytes, spelled
 from russet.devices.facts import Facts
@@ -38,8 +38,8 @@ class Plan(Decisions):
         return self.estimate.peak
 
     def precise_attention(self, component: str) -> AttentionChoice:
-        """What ``"unet"`` or ``"vae"`` attends by once half precision has overflowed: float32 scores, in pieces."""
-        calls = unet_calls(self.sizes, self) if component == "unet" else [vae_call(self.sizes, self)]
+        """What a component attends by once half precision has overflowed: float32 scores, still in pieces."""
+        calls = attention_calls(component, self.sizes, self)
         return precise_attention(self.facts, calls, self.attention(component))
 
     def __str__(self) -> str:

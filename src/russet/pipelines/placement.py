@@ -7,7 +7,6 @@ The plan (``russet.devices.plan``) decides; nothing here does. What each decisio
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,9 +41,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def attention_of(plan: Plan, component: str, *, upcast: bool = False) -> Attention:
     """The attention that the plan chose for a component; ``upcast`` insists on float32 scores."""
-    choice = plan.attention(component)
-    if upcast:
-        choice = dataclasses.replace(choice, upcast=True)
+    choice = plan.precise_attention(component) if upcast else plan.attention(component)
     return built(choice, contiguous=plan["contiguous_attention"])
 
 
@@ -63,9 +60,12 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
 
 
 def set_environment(plan: Plan) -> None:
-    """Sets the variables that the device's allocator reads when it starts, unless the user has set them."""
-    for name, value in plan.environment.items():
-        os.environ.setdefault(name, value)
+    """Sets the variables that the device's allocator reads when it starts, unless the user has set any of them.
+
+    One of the user's and one of ours could contradict each other, which ends in an error when the device starts.
+    """
+    if not plan.environment.keys() & os.environ.keys():
+        os.environ.update(plan.environment)
 
 
 def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
