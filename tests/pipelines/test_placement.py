@@ -129,10 +129,14 @@ def test_convolutions_follow_the_plans_layout_and_pictures_do_not(own: Any, psnr
 
 def test_the_allocators_variables_are_set_unless_the_user_has_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
     decided = plan(mac("M1", memory_gib=8), published.sd15(), Request())
-    high, low = decided.environment.items()
-    monkeypatch.delenv(high[0], raising=False)
-    monkeypatch.setenv(low[0], "0.5")
+    for name in decided.environment:
+        monkeypatch.delenv(name, raising=False)
+    high = next(iter(decided.environment))
+    monkeypatch.setenv(high, "0.7")
     placement.set_environment(decided)
-    assert os.environ[high[0]] == high[1]
-    assert os.environ[low[0]] == "0.5"
-    monkeypatch.delenv(high[0])
+    assert [os.environ.get(name) for name in decided.environment] == ["0.7", None]  # 0.8 for the low one would not do
+    monkeypatch.delenv(high)
+    placement.set_environment(decided)
+    assert {name: os.environ[name] for name in decided.environment} == decided.environment
+    for name in decided.environment:
+        monkeypatch.delenv(name)
