@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .kernels import Version
 from .rules import ProcessAborted
+from .tensor import mapped
 
 if TYPE_CHECKING:
     from .machine import VirtualMac
@@ -95,8 +96,9 @@ def effect(defect: str, *operators: str) -> Callable[[Effect], Effect]:
 
 def spoilers(mac: VirtualMac, operator: str, arguments: Arguments) -> list[Spoil]:
     """What the machine's defects will do to the result of an operator with these arguments."""
-    found = [act(mac, arguments) for defect, act in EFFECTS.get(operator, []) if mac.has(defect)]
-    return [spoil for spoil in found if spoil is not None]
+    acts = [act for defect, act in EFFECTS.get(operator, []) if mac.has(defect)]
+    on_host = mapped(mac.to_host, arguments) if acts else {}
+    return [spoil for act in acts if (spoil := act(mac, on_host)) is not None]
 
 
 def mangle(out: Tensor) -> None:

@@ -18,6 +18,7 @@ from .defects import DEFECTS
 from .functions import Functions
 from .kernels import Version, version
 from .operators import Operators, poison
+from .shapes import Shapes
 from .streams import VirtualGenerator
 from .tensor import VirtualTensor
 
@@ -72,6 +73,7 @@ class VirtualMac:
         self.working_set = self.memory * 2 // 3 if self.memory <= 32 * GIB else self.memory * 3 // 4
         self.account = Account(largest_buffer=self.working_set * 3 // 4, limit=0)
         self.generator: Any = VirtualGenerator("mps")
+        self.shapes = Shapes()
         self.graphs: set[Any] = set()  # compiled so far
         self.operators, self.functions = Operators(self), Functions(self)
         self._replaced = Replaced()

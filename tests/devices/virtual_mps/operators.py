@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 UNINITIALISED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 VIEWS_BY_NAME = {"_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "lift"}
 WAITS = {"equal", "allclose", "nonzero", "masked_select", "_unique2", "_unique", "unique_dim", "unique_consecutive"}
+PRODUCTS = {"convolution", "linear", "mm", "addmm", "bmm", "baddbmm"}
+HALF = (torch.float16, torch.bfloat16)
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 ANY_DEVICE = INDEXING | {"copy_", "_to_copy", "set_"}
 
@@ -124,8 +126,7 @@ class Operators(TorchDispatchMode):
             self.charge_indices(bound)
         if op.base in WAITS or (op.name == "repeat_interleave.Tensor" and bound["output_size"] is None):
             mac.account.sync(op.base)
-        on_host = mapped(mac.to_host, bound)
-        spoils = [] if mac.shapes_only else defects.spoilers(mac, op.base, on_host)
+        spoils = [] if mac.shapes_only else defects.spoilers(mac, op.base, bound)
         out = self.compute(op, args, kwargs)
         for spoil in spoils:
             spoil(out[0] if isinstance(out, tuple) else out)
@@ -142,11 +143,14 @@ class Operators(TorchDispatchMode):
         mac = self.mac
         kwargs = {**mapped(mac.to_host, kwargs), **({"device": mac.host} if kwargs.get("device") is not None else {})}
         args = mapped(mac.to_host, args)
+        if mac.shapes_only:
+            kwargs.pop("generator", None)
+            return mac.shapes.run(op.func, args, kwargs)
+        if op.base in PRODUCTS and any(x.dtype in HALF for x in tensors_in(args)) and "out" not in kwargs:
+            return half_by_float32(op, args, kwargs)
         if not op.is_random:
             return op.func(*args, **kwargs)
         with device_stream(mac, kwargs.get("generator")):
-            if mac.shapes_only:
-                kwargs.pop("generator", None)
             return op.func(*args, **kwargs)
 
     def check_result(self, op: Operator, bound: dict[str, Any]) -> None:
@@ -205,6 +209,16 @@ def reshape(owner: VirtualTensor, like: VirtualTensor) -> None:
     with torch._C._DisableTorchDispatch():
         Tensor.data.__set__(owner, like)  # type: ignore[attr-defined]
     owner.adopt(like.host, like.mac)
+
+
+def half_by_float32(op: Operator, args: Any, kwargs: Any) -> Any:
+    """A product of half-precision operands as a GPU computes it, summed in float32 and rounded once.
+
+    The CPU's own kernels for them are a hundred times slower, or missing in older torch.
+    """
+    given = tensors_in(args)
+    result = op.func(*mapped(Tensor.float, args), **mapped(Tensor.float, kwargs)).to(given[0].dtype)
+    return given[0].copy_(result) if op.name.endswith("_") else result
 
 
 def bytes_of(dtype: torch.dtype) -> int:

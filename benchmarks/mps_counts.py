@@ -1,0 +1,217 @@
+"""Kernels, waits and bytes on a virtual Mac, Russet beside Diffusers, as a Markdown table.
+
+    python benchmarks/mps_counts.py [--full] [--chip M1] [--memory 16] [--macos 15.0] [--torch 2.13.0]
+                                    [--dtype float16] [--sliced] [--detail]
+
+No Mac is needed, and nothing is computed: the virtual device of tests/devices/virtual_mps runs both pipelines on shapes
+alone and counts what a real one would do. Counted are operators that run on the device, without views; one that the
+virtual torch takes apart counts as its parts. A wait is whatever makes the host wait for the device: a number read, a
+copy from it, a copy to it. Bytes are those of live tensors, each storage once, and of attention's score matrix where
+that torch builds one; what MPSGraph holds inside a kernel is not known.
+
+"a step" is the difference between runs of 8 and 4 steps, divided by 4: guidance and the scheduler are in it, text and
+decoding are not. The default geometry is tiny; ``--full`` is Stable Diffusion 1.5 at 512×512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+import russet
+from russet.models.clip_text import CLIPTextModel
+from russet.models.unet import UNet2DConditionModel
+from russet.models.vae import AutoencoderKL
+from russet.tokenizer import CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "devices"))
+from virtual_mps import Counts, VirtualMac
+
+TOKENIZER = Path(russet.__file__).parent / "mini" / "tokenizer"
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+STEPS = (4, 8)
+HEADER = """\
+| | kernels a UNet call | views | MiB over weights | kernels a step | waits a step | uploads a step | MiB, whole run |
+|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The configs of one model, and its picture's side in pixels."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, Any]
+    side: int
+
+
+def vae_config(channels: tuple[int, ...], groups: int) -> dict[str, Any]:
+    levels = len(channels)
+    return {
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": 4,
+        "norm_num_groups": groups,
+    }
+
+
+FULL = Geometry(
+    unet={"sample_size": 64, "cross_attention_dim": 768},
+    vae=vae_config((128, 256, 512, 512), 32),
+    text={
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    side=512,
+)
+TINY = Geometry(
+    unet={
+        "sample_size": 16,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
+    vae=vae_config((16, 32), 8),
+    text={
+        "vocab_size": 49408,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    side=32,
+)
+
+
+def hollow(network: nn.Module) -> nn.Module:
+    """The network with weights of the right shape that take no memory: one number each, seen many times."""
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            number = torch.zeros((), dtype=weight.dtype)
+            setattr(module, name, nn.Parameter(number.expand(weight.shape), requires_grad=False))
+    return network.eval()
+
+
+def diffusers_pipeline(geometry: Geometry) -> Any:
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(**geometry.unet)
+        vae = diffusers.AutoencoderKL(**geometry.vae)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**geometry.text))  # its buffers want numbers
+    return diffusers.StableDiffusionPipeline(
+        unet=hollow(unet),
+        vae=hollow(vae),
+        text_encoder=hollow(text),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(TOKENIZER),
+        scheduler=diffusers.PNDMScheduler(**SCHEDULER, skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def russet_pipeline(geometry: Geometry) -> Any:
+    return russet.StableDiffusionPipeline(
+        unet=hollow(UNet2DConditionModel(geometry.unet)),
+        vae=hollow(AutoencoderKL(geometry.vae)),
+        text_encoder=hollow(CLIPTextModel({"max_position_embeddings": 77, **geometry.text})),
+        tokenizer=CLIPTokenizer.from_files(TOKENIZER),
+        scheduler=russet.PNDMScheduler(**SCHEDULER, skip_prk_steps=True),
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contestant needed: for one UNet call, for each number of steps, and over the weights at the most."""
+
+    unet: Counts
+    runs: dict[int, Counts]
+
+    def a_step(self, count: Callable[[Counts], int]) -> float:
+        few, many = (count(self.runs[steps]) for steps in STEPS)
+        return (many - few) / (STEPS[1] - STEPS[0])
+
+
+def measure(pipe: Any, mac: VirtualMac, side: int, dtype: torch.dtype) -> Result:
+    """Runs a pipeline that is on the Mac; the UNet call comes last, so that it attends as in the pipeline."""
+    pipe.set_progress_bar_config(disable=True)
+    runs = {}
+    for steps in STEPS:
+        with mac.measure() as runs[steps]:
+            pipe(
+                "a cat", height=side, width=side, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
+            )
+    latents = torch.zeros(2, 4, side // pipe.vae_scale_factor, side // pipe.vae_scale_factor, dtype=dtype)
+    context = torch.zeros(2, 77, pipe.unet.config["cross_attention_dim"], dtype=dtype)
+    there = [x.to("mps") for x in (latents, torch.tensor(500), context)]
+    with torch.no_grad(), mac.measure() as unet:
+        pipe.unet(*there)
+    return Result(unet, runs)
+
+
+def row(name: str, result: Result) -> str:
+    views = sum(result.unet.views.values())
+    peak = max(run.extra for run in result.runs.values())
+    return (
+        f"| {name} | {result.unet.kernel_count} | {views} | {result.unet.extra / 2**20:.0f} "
+        f"| {result.a_step(lambda run: run.kernel_count):.1f} | {result.a_step(lambda run: run.sync_count):.2f} "
+        f"| {result.a_step(lambda run: run.syncs['upload']):.2f} | {peak / 2**20:.0f} |"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="Stable Diffusion 1.5 at 512×512")
+    parser.add_argument("--chip", default="M1")
+    parser.add_argument("--memory", type=float, default=16, help="GiB")
+    parser.add_argument("--macos", default="15.0")
+    parser.add_argument("--torch", default="2.13.0")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "float32"))
+    parser.add_argument("--sliced", action="store_true", help="enable_attention_slicing() on both")
+    parser.add_argument("--detail", action="store_true", help="the kernels of the UNet call by name")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    geometry, dtype = FULL if options.full else TINY, getattr(torch, options.dtype)
+    print(
+        f"Apple {options.chip}, {options.memory:g} GiB, macOS {options.macos}, torch {options.torch}, {options.dtype}; "
+        f"Diffusers {diffusers.__version__}; one guided picture of {geometry.side}×{geometry.side}, PNDM\n"
+    )
+    print(HEADER)
+    results = {}
+    for name, build in (("Diffusers", diffusers_pipeline), ("Russet", russet_pipeline)):
+        mac = VirtualMac(
+            options.chip, memory_gib=options.memory, macos=options.macos, torch=options.torch, shapes_only=True
+        )
+        with mac:
+            pipe = build(geometry).to("mps", dtype)
+            if options.sliced:
+                pipe.enable_attention_slicing()
+            results[name] = measure(pipe, mac, geometry.side, dtype)
+        print(row(name, results[name]))
+    for name, result in results.items() if options.detail else ():
+        print(f"\n{name}: " + ", ".join(f"{kernel} {times}" for kernel, times in result.unet.kernels.most_common()))
+
+
+if __name__ == "__main__":
+    main()
