@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from russet.errors import InputError
 
-LEAVES = 2**24  # of the tree: a noise level is met within 2e-6 of itself
+LEAVES = 2**20  # of the tree: a hundredth of a step where a run has 1000
 SPAN = 40.0  # log2 of the clock runs from -SPAN to SPAN
 
 
@@ -78,30 +78,30 @@ def seeds_of(seed: int | Sequence[int] | None, first: Tensor) -> list[object]:
 
 
 class BrownianPath:
-    """One Brownian path of tensors of one shape; standard deviation sqrt(c) after the time c on the clock."""
+    """One Brownian path of tensors of one shape; its deviation is the square root of the time on the clock."""
 
     def __init__(self, seed: object, shape: Sequence[int]):
         self.seed = seed
         self.shape = tuple(shape)
-        self._recent: dict[int, Tensor] = {}  # the last few values: a step ends where the next one begins
+        self._recent: dict[float, Tensor] = {}  # the last few values: a step ends where the next one begins
 
     def between(self, a: float, b: float) -> Tensor:
         """(W(b) - W(a)) / its deviation, for noise levels a > b."""
-        start, stop = leaf(a), leaf(b)
-        return (self.at(stop) - self.at(start)) / math.sqrt(clock(stop) - clock(start))
+        return (self.at(b) - self.at(a)) / math.sqrt(b**-2 - a**-2)
 
-    def at(self, place: int) -> Tensor:
-        """W at a leaf of the tree, 0 .. LEAVES."""
-        if place not in self._recent:
+    def at(self, sigma: float) -> Tensor:
+        """W at a noise level; it begins at 0 where there is nothing but noise."""
+        if sigma not in self._recent:
             self._recent = dict([*self._recent.items()][-3:])
-            self._recent[place] = self._descend(place)
-        return self._recent[place]
+            self._recent[sigma] = self._descend(sigma)
+        return self._recent[sigma]
 
-    def _descend(self, place: int) -> Tensor:
+    def _descend(self, sigma: float) -> Tensor:
+        place = (SPAN - 2 * math.log2(sigma)) / (2 * SPAN) * LEAVES
         low, high, node = 0, LEAVES, 1
         w_low = torch.zeros(self.shape)
         w_high = self._normal(0) * math.sqrt(clock(high) - clock(low))
-        while place not in (low, high):
+        while high - low > 1:
             middle = (low + high) // 2
             before, after = clock(middle) - clock(low), clock(high) - clock(middle)
             share = before / (before + after)
@@ -110,17 +110,14 @@ class BrownianPath:
                 high, w_high, node = middle, w_middle, 2 * node
             else:
                 low, w_low, node = middle, w_middle, 2 * node + 1
-        return w_low if place == low else w_high
+        # straight within a leaf, so that float32 rounding of sigma does not jump to another value
+        return w_low + (sigma**-2 - clock(low)) / (clock(high) - clock(low)) * (w_high - w_low)
 
     def _normal(self, node: int) -> Tensor:
         digest = hashlib.blake2b(repr((self.seed, node)).encode(), digest_size=8).digest()
         return torch.randn(self.shape, generator=Generator().manual_seed(int.from_bytes(digest, "little")))
 
 
-def leaf(sigma: float) -> int:
-    """The leaf that is nearest to a noise level; the clock 1/sigma² in even steps of its logarithm."""
-    return round((-2 * math.log2(sigma) + SPAN) / (2 * SPAN) * LEAVES)
-
-
-def clock(place: int) -> float:
-    return float(2.0 ** (place / LEAVES * 2 * SPAN - SPAN))
+def clock(leaf: int) -> float:
+    """1/sigma² at the start of a leaf; the leaves are even in its logarithm."""
+    return float(2.0 ** (leaf / LEAVES * 2 * SPAN - SPAN))

@@ -168,6 +168,19 @@ class ZeroSNR(Trained):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Distilled(Trained):
+    """The steps that a model was distilled for (arXiv:2310.04378)."""
+
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+
+    def check(self) -> None:
+        super().check()
+        steps, most = self.original_inference_steps, self.num_train_timesteps
+        self.require(1 <= steps <= most, f"original_inference_steps must lie in 1..{most}, not {steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HighOrder(SigmaChoice, Thresholding):
     """What the solvers of DPM-Solver's kind have in common."""
 

@@ -29,7 +29,11 @@ def plms(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, warm_up: 
     for i, (a, b) in enumerate(pairs(points, end)):
         x, x0 = yield x, a
         slopes = [(x - x0) / a.sigma, *slopes][:4]
-        start, x = x, x + weighted(ADAMS[len(slopes) - 1], slopes) * (b.sigma - a.sigma)
+        start = x
+        if i == 0:  # no difference of two large numbers, where a.sigma is in the thousands
+            x = x0 + slopes[0] * b.sigma
+        else:
+            x = x + weighted(ADAMS[len(slopes) - 1], slopes) * (b.sigma - a.sigma)
         if warm_up and i == 0 and len(points) > 1:
             x, x0 = yield x, b
             x = start + (slopes[0] + (x - x0) / b.sigma) / 2 * (b.sigma - a.sigma)

@@ -18,6 +18,7 @@ from russet.errors import InputError
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.configs import (
     Clipping,
+    Distilled,
     DPMSolver,
     HighOrder,
     SchedulerConfig,
@@ -284,13 +285,12 @@ class LCMScheduler(Scheduler):
 
     config_class = keys(
         Limited,
+        Distilled,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,
-        original_inference_steps=50,
-        timestep_scaling=10.0,
     )
     zero_snr = ALMOST_PURE_NOISE
 

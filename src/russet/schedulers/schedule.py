@@ -169,6 +169,9 @@ class Run:
         if (unconditional is not None) != self.schedule.needs_unconditional:
             raise InputError("CFG++ samplers, and only those, take the output without the prompt beside the guided one")
         x = self._x
+        for given in (output, unconditional):
+            if given is not None and given.shape != x.shape:
+                raise InputError(f"the model's output is {list(given.shape)}, but the latents are {list(x.shape)}")
         x0 = seen = border.x0(x, output.float(), point.sigma)
         if border.limited is not None:
             x0 = border.limited(x0)

@@ -191,8 +191,8 @@ class Scheduler(Timetable):
             place = (timestep.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
             if 0 <= place < len(self._told) and timestep.device == self.timesteps.device:
                 return self._told[place]
-        one = isinstance(timestep, Tensor) and timestep.numel() == 1
-        if not one and (isinstance(timestep, (bool, str)) or not hasattr(timestep, "__float__")):
+        number = timestep.numel() == 1 if isinstance(timestep, Tensor) else hasattr(timestep, "__float__")
+        if not number or isinstance(timestep, (bool, str)):
             raise ArgumentTypeError(f"a timestep must be one number, not {timestep!r}")
         return float(np.float32(float(timestep)))  # type: ignore[arg-type]  # as exact as ``timesteps`` is
 

@@ -40,6 +40,15 @@ class Timetable(Component):
     zero_snr: ClassVar[float] = 2.0**-24  # alphas_cumprod that stands for zero
     options: ClassVar[Mapping[str, Any]] = {}
 
+    def __init_subclass__(cls) -> None:
+        if "config_class" in vars(cls):  # the config is named after its scheduler, in errors and in pickles
+            made = cls.config_class
+            made.__name__, made.__module__, made.__qualname__ = (
+                cls.__name__,
+                cls.__module__,
+                f"{cls.__name__}.config_class",
+            )
+
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         """
         Args:
@@ -105,9 +114,9 @@ class Timetable(Component):
         offset = self.key("steps_offset", 0)
         times = spacing.timesteps(even, steps, train, last=train - unused, offset=offset, spare=self.spare)
         if (by_sigma := self.sigma_schedule()) is None:
+            arguments.inside(f"the timesteps of {steps} steps", times[:1].tolist(), train - 1)
             points = [self.point_at(float(t)) for t in (times.round() if self.whole else times)]
             arguments.falling(f"the noise levels of {steps} steps", [point.sigma for point in points])
-            arguments.inside(f"{steps} timesteps", [points[0].t], train - 1)
             return points
         spaced = not self.whole_range and name in EVEN
         low, high = (times[-1], times[0]) if spaced else (0, train - 1)
