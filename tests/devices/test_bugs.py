@@ -52,9 +52,18 @@ def test_a_mac_whose_macos_is_unknown_is_taken_to_have_the_bug():
     assert affected(dataclasses.replace(on(), macos=()), "half-scores")
 
 
-def test_other_devices_have_none_of_them():
+def test_other_devices_have_the_bugs_of_mps_not():
     assert known(Facts(device="cuda", chip="GPU", memory=1, available=1, torch=(2, 5))) == ()
-    assert known(Facts(device="cpu", chip="Apple M1", memory=1, available=1, torch=(1, 13), macos=(14, 5))) == ()
+    assert known(Facts(device="cpu", chip="Apple M1", memory=1, available=1, torch=(2, 1), macos=(14, 5))) == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "torch_version", "bug"),
+    [("cuda", (1, 13, 1), "no-sdpa"), ("cpu", (1, 13, 1), "no-sdpa"), ("cpu", (2, 0, 1), "no-cpu-flash")],
+)
+def test_old_torch_lacks_fused_attention_elsewhere_too(device, torch_version, bug):
+    facts = Facts(device=device, chip="chip", memory=1, available=1, torch=torch_version)
+    assert [found.id for found in known(facts)] == [bug]
 
 
 def test_known_lists_exactly_the_bugs_that_hold():

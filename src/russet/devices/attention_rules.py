@@ -89,16 +89,15 @@ def with_upcast(
 
 def why_not_fused(facts: Facts, dtype: str, dims: set[int]) -> str | None:
     """Why fused attention would build the whole score matrix here, in words; None where it does not."""
-    if facts.device == "mps":
-        if bug := affected(facts, "no-sdpa") or affected(facts, "no-flash"):
-            return f"in this torch {bug.what}"
-        if dtype == "float32":
-            return "the flash kernels of mps are for half precision"
-        if max(dims) > FLASH_HEADS[-1]:
-            return f"no flash kernel takes heads of {max(dims)} numbers"
+    bugs = (affected(facts, bug_id) for bug_id in ("no-sdpa", "no-flash", "no-cpu-flash"))
+    if bug := next(filter(None, bugs), None):
+        return f"in this torch {bug.what}"
+    if facts.device != "mps":
         return None
-    if facts.torch < (2, 0) or (facts.device == "cpu" and facts.torch < (2, 1)):
-        return "this torch has no fused attention here that does without the whole score matrix"
+    if dtype == "float32":
+        return "the flash kernels of mps are for half precision"
+    if max(dims) > FLASH_HEADS[-1]:
+        return f"no flash kernel takes heads of {max(dims)} numbers"
     return None
 
 

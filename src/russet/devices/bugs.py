@@ -1,4 +1,4 @@
-"""Known defects of PyTorch's mps backend, as rows: where each holds, what it does, and what Russet does about it.
+"""Known defects of PyTorch, most of them on mps, as rows: where, what it does, and what Russet does about it.
 
 The plan asks for rows by id (``affected``). A new defect is a new row here and one place that reads it, never a
 comparison of versions elsewhere. Sources are public threads and the PyPI wheels, never a guess from a version number.
@@ -26,11 +26,12 @@ class Bug:
     torch: tuple[Version, Version] = (ANY, ANY)
     macos: tuple[Version, Version] = (ANY, ANY)
     chips: frozenset[str] = frozenset()  # empty: all
+    devices: frozenset[str] = frozenset({"mps"})
 
     def holds(self, facts: Facts) -> bool:
         """Whether a machine has the defect; an unknown macOS is taken to have it."""
         return (
-            facts.device == "mps"
+            facts.device in self.devices
             and within(facts.torch, self.torch)
             and (not facts.macos or within(facts.macos, self.macos))
             and (not self.chips or facts.chip_family in self.chips)
@@ -69,6 +70,16 @@ BUGS: tuple[Bug, ...] = (
         "attention in chunks of queries",
         "https://pytorch.org/docs/2.0/generated/torch.nn.functional.scaled_dot_product_attention.html",
         torch=(ANY, (2, 0)),
+        devices=frozenset({"mps", "cuda", "cpu"}),
+    ),
+    Bug(
+        "no-cpu-flash",
+        "fused attention builds the whole score matrix on the CPU",
+        "8 GiB for one layer of SD 1.5 at 1024×1024",
+        "attention in chunks of queries",
+        "https://github.com/pytorch/pytorch/pull/103826",
+        torch=((2, 0), (2, 1)),
+        devices=frozenset({"cpu"}),
     ),
     Bug(
         "no-flash",
