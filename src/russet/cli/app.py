@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import russet
-from russet.cli import bench, doctor, generate, info, inspect, models, samplers
+from russet.cli import batch, bench, doctor, generate, info, inspect, models, samplers
 from russet.errors import InputError, RussetError
 
 
@@ -44,6 +44,7 @@ def app() -> None:
 
 for command in (
     generate.command,
+    batch.command,
     samplers.command,
     inspect.command,
     models.pull,
