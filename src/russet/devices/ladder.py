@@ -15,7 +15,7 @@ from russet.devices.memory import Estimate, predict, resident
 from russet.devices.rules import dtype_decisions, idle_weights, machine_decisions
 from russet.devices.sizes import Sizes
 
-AT_ONCE = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet call; beyond, devices gain no speed
+AT_ONCE = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet call: enough to keep the device busy
 DECODED = {"mps": 1, "cuda": 4, "cpu": 1}  # the same of the VAE, whose maps are far larger
 SHARE = {"mps": 0.5, "cuda": 1.0, "cpu": 0.25}  # of the budget that more than one image at a time may fill
 UNIT = 512 * 512
@@ -141,8 +141,14 @@ def within_caps(facts: Facts, sizes: Sizes, found: Decisions) -> bool:
 def largest_fit(facts: Facts, sizes: Sizes, request: Request) -> tuple[int, int] | None:
     """Width and height, multiples of 64, of the largest picture of about that shape that fits; None if none does."""
     longest = max(sizes.width, sizes.height)
-    for side in range(longest // 64 * 64, 0, -64):
-        width, height = (max(64, round(edge * side / longest / 64) * 64) for edge in (sizes.width, sizes.height))
-        if best(facts, dataclasses.replace(sizes, width=width, height=height), request):
-            return width, height
-    return None
+
+    def of_side(side: int) -> tuple[int, int]:
+        width, height = (max(64, round(edge * side / longest)) * 64 for edge in (sizes.width, sizes.height))
+        return width, height
+
+    def fits(side: int) -> bool:
+        width, height = of_side(side)
+        return best(facts, dataclasses.replace(sizes, width=width, height=height), request) is not None
+
+    most = bisect.bisect_left(range(1, longest // 64 + 1), True, key=lambda side: not fits(side))
+    return of_side(most) if most else None
