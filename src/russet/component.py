@@ -16,7 +16,7 @@ from russet.config import Config
 
 
 class Component:
-    """A part of a pipeline with a config. A subclass names its ``config_class`` and takes a config as first argument."""
+    """A part of a pipeline with a config. A subclass names its ``config_class`` and takes a config first."""
 
     config_class: ClassVar[type[Config]]
     config: Config

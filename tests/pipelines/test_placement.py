@@ -13,8 +13,9 @@ import torch
 
 import russet
 from russet.devices import published
-from russet.devices.facts import mac
+from russet.devices.facts import mac, read_facts
 from russet.devices.plan import Plan, Request, plan
+from russet.errors import DoesNotFit
 from russet.pipelines import placement
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
@@ -140,3 +141,34 @@ def test_the_allocators_variables_are_set_unless_the_user_has_set_them(monkeypat
     assert {name: os.environ[name] for name in decided.environment} == decided.environment
     for name in decided.environment:
         monkeypatch.delenv(name)
+
+
+def test_a_size_that_the_device_dislikes_is_drawn_with_a_note(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = own.plan
+    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), bucket=64))
+    assert own("a horse", **FAST).notes == ()
+    assert "72×64 is no multiple of 64" in own("a horse", width=72, **FAST).notes[0]
+
+
+def test_a_first_pass_that_is_unlike_the_others_is_made_once_and_discarded(
+    own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = own("a horse", **FAST).images
+    decide = own.plan
+    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), priming=True))
+    calls: list[int] = []
+    hook = own.unet.register_forward_pre_hook(lambda unet, args: calls.append(len(args[0])))
+    pictures = [own("a horse", **FAST).images for _ in range(2)]
+    hook.remove()
+    steps = (len(calls) - 1) // 2
+    assert len(calls) == 2 * steps + 1
+    assert all(np.array_equal(before, picture) for picture in pictures)
+
+
+def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dataclasses.replace(read_facts("cpu"), memory=10**6, available=10**6, ram=10**6)
+    monkeypatch.setattr("russet.pipelines.base.read_facts", lambda device=None: small)
+    pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    assert pipe.unet.dtype == torch.float32
+    with pytest.raises(DoesNotFit):
+        pipe("a horse", **FAST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import russet
-from russet.errors import ArgumentTypeError, InputError
+from russet.errors import ArgumentTypeError, DoesNotFit, InputError, UnsupportedArgument
 
 FAST = {"num_inference_steps": 2, "output_type": "np"}
 SAME = 60.0  # dB
@@ -263,3 +264,22 @@ def test_a_component_given_in_its_own_precision_keeps_it(tiny_folder: Any, tiny:
     )
     assert pipe.unet.dtype == torch.bfloat16
     assert pipe.vae.dtype == torch.float32
+
+
+def test_a_picture_that_cannot_fit_is_refused_at_once_with_the_largest_that_would(tiny: Any) -> None:
+    began = time.perf_counter()
+    with pytest.raises(DoesNotFit, match=r"the largest .* that fits is \d+×\d+"):
+        tiny("a horse", height=2**20, width=2**20, num_inference_steps=1)
+    assert time.perf_counter() - began < 10  # a moment on an idle machine; a search size by size takes minutes
+    assert tiny("a horse", **FAST).images.shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("name", ["device_map", "custom_pipeline", "quantization_config", "low_cpu_mem_usage"])
+def test_an_argument_of_from_pretrained_that_russet_lacks_is_named(name: str, tiny_folder: Any) -> None:
+    with pytest.raises(UnsupportedArgument, match=f"Diffusers has '{name}'"):
+        russet.DiffusionPipeline.from_pretrained(tiny_folder, **{name: False})
+
+
+def test_low_cpu_mem_usage_asks_for_what_russet_always_does(tiny_folder: Any) -> None:
+    pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None, low_cpu_mem_usage=True)
+    assert pipe.unet.dtype == torch.float32

@@ -40,7 +40,7 @@ MEANING: Mapping[str, str] = {
     " memory that CPU and device share; moving them frees nothing",
     "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO (Plan.environment) before mps is first used;"
     " None: leave them",
-    "bucket": "sizes that the caller leaves open are rounded to multiples of this many pixels; given sizes are obeyed",
+    "bucket": "every size is obeyed; one that is no multiple of this many pixels is worth a note to the caller",
     "priming": "True: run one step of the first call, discard it, and start the call again",
 }
 

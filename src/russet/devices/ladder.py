@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -143,12 +144,13 @@ def largest_fit(facts: Facts, sizes: Sizes, request: Request) -> tuple[int, int]
     longest = max(sizes.width, sizes.height)
 
     def of_side(side: int) -> tuple[int, int]:
-        width, height = (max(64, round(edge * side / longest)) * 64 for edge in (sizes.width, sizes.height))
+        width, height = (max(1, round(edge * side / longest)) * 64 for edge in (sizes.width, sizes.height))
         return width, height
 
     def fits(side: int) -> bool:
         width, height = of_side(side)
         return best(facts, dataclasses.replace(sizes, width=width, height=height), request) is not None
 
+    # in units of 64 pixels; where a size fits, all smaller ones do
     most = bisect.bisect_left(range(1, longest // 64 + 1), True, key=lambda side: not fits(side))
     return of_side(most) if most else None

@@ -17,10 +17,30 @@ from russet.checkpoints.draft import Draft
 from russet.devices.facts import best_device, read_facts
 from russet.devices.memory import Sizes
 from russet.devices.plan import Plan, Request, plan
-from russet.errors import ArgumentTypeError, InputError
+from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.pipelines import arguments, placement
 from russet.pipelines.single_files import SingleFiles
 from russet.pipelines.switches import Switches
+
+ELSEWHERE = {
+    "custom_pipeline": "no code comes from a checkpoint",
+    "custom_revision": "no code comes from a checkpoint",
+    "device_map": "load the pipeline and call .to(device), or enable_model_cpu_offload()",
+    "low_cpu_mem_usage": "weights are always read straight into place; leave it out",
+    "max_memory": "load the pipeline and call .to(device), which plans by the memory that there is",
+    "mirror": "set HF_ENDPOINT, which huggingface_hub reads",
+    "offload_folder": "call enable_model_cpu_offload()",
+    "offload_state_dict": "weights are always read straight into place; leave it out",
+    "output_loading_info": "weights that do not fit are an error that lists them",
+    "proxies": "set HTTPS_PROXY, which huggingface_hub reads",
+    "provider": "ONNX is not supported",
+    "quantization_config": "quantised weights are not supported",
+    "sess_options": "ONNX is not supported",
+    "trust_remote_code": "no code comes from a checkpoint",
+    "use_flashpack": "weights are safetensors or PyTorch's own files",
+    "use_onnx": "ONNX is not supported",
+}
+"""Arguments of Diffusers' from_pretrained that Russet lacks, each with what to do instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +109,10 @@ class DiffusionPipeline(SingleFiles, Switches):
             ConfigError: a config cannot be built.
             InputError: an argument has a wrong type or value, or names no component.
         """
+        elsewhere = {name: components.pop(name) for name in [*components] if name in ELSEWHERE}
+        if elsewhere.get("low_cpu_mem_usage") is True:  # which is how Russet loads
+            del elsewhere["low_cpu_mem_usage"]
+        arguments.refuse_unknown(elsewhere, ELSEWHERE, "from_pretrained()")
         precision = load.read_dtype(torch_dtype=torch_dtype, dtype=dtype)
         options = load.Options(
             variant=variant,
@@ -123,7 +147,8 @@ class DiffusionPipeline(SingleFiles, Switches):
         pipe._dtype = dtype
         pipe._as_given = frozenset(given)
         pipe._drafts = loaded.drafts
-        pipe._place()
+        with contextlib.suppress(DoesNotFit):  # too large to draw on the CPU is no reason not to load
+            pipe._place()
         assert isinstance(pipe, cls)
         return pipe
 

@@ -174,11 +174,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
             height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
         )
         placement.carry_out(plan, self.networks)
+        notes = size_notes(request, plan)
         clock = Clock()
         with clock.phase("text"):
+            if self.unprimed(plan):
+                self.encode(request, plan)  # for nothing, see prime
             conditioning = self.encode(request, plan)
         with clock.phase("denoise"):
-            latents, notes = self.denoise(request, schedule, conditioning, plan)
+            latents, more = self.denoise(request, schedule, conditioning, plan)
+            notes += more
         images: Any = latents
         flags = None
         if request.output_type != "latent":
@@ -225,11 +229,15 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._guidance_scale = request.guidance.scale
         self._num_timesteps = len(schedule.timesteps)
         sampling = Sampling(self, request, conditioning, plan)
-        if plan.priming and self._primed != self.device:
+        if self.unprimed(plan):
             self.prime(sampling, schedule, start, plan)
         with self.at_work("unet", plan):
             latents = sampling.from_noise(schedule, noise, start)
         return latents, tuple(sampling.notes)
+
+    def unprimed(self, plan: Plan) -> bool:
+        """Whether the networks' first pass on this device is still to come, and would differ from all later ones."""
+        return plan.priming and self._primed != self.device
 
     def prime(self, sampling: Sampling, schedule: Schedule, start: Tensor, plan: Plan) -> None:
         """Calls UNet and VAE once for nothing: on some torch versions the first pass is unlike all later ones."""
@@ -322,3 +330,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
         self.interrupt = value
+
+
+def size_notes(request: TextToImage, plan: Plan) -> tuple[str, ...]:
+    """A note where a picture's size is one that the device is better not given many of."""
+    bucket = plan["bucket"]
+    if request.height % bucket == 0 and request.width % bucket == 0:
+        return ()
+    return (
+        f"{request.width}×{request.height} is no multiple of {bucket} pixels: {plan.why('bucket').reason}, so prefer "
+        f"sizes in multiples of {bucket} for many pictures",
+    )
