@@ -107,17 +107,23 @@ def derivatives_at_first(values: Sequence[Tensor], at: Sequence[float]) -> list[
     return [values[0], slope - at[1] * bend, 2 * bend]
 
 
+def quadrature(at: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """Weights for values at the nodes ``at`` that integrate each power 0, 1, … to its moment."""
+    powers = np.vander(at, increasing=True).T
+    weights: list[float] = np.linalg.solve(powers, moments[: len(at)]).tolist()
+    return weights
+
+
 def uni_weights(at: Sequence[float], z: float, scale: float) -> list[float]:
-    """UniPC's rho: sum_k rho_k at_k^(n-1) = n! z^n phi_(n+1)(z) / scale for n = 1, 2, …; a single one is 1/2."""
+    """UniPC's rho, whose moments are n! z^n phi_(n+1)(z) / scale for n = 1, 2, …; a single one is 1/2."""
     if len(at) == 1:
         return [0.5]
-    term, factorial, right = math.expm1(z) / z - 1, 1, []
+    term, factorial, moments = math.expm1(z) / z - 1, 1, []
     for n in range(1, len(at) + 1):
-        right.append(term * factorial / scale)
+        moments.append(term * factorial / scale)
         factorial *= n + 1
         term = term / z - 1 / factorial
-    weights: list[float] = np.linalg.solve([[u**n for u in at] for n in range(len(at))], right).tolist()
-    return weights
+    return quadrature(at, moments)
 
 
 def dpm_singlestep(

@@ -5,13 +5,13 @@ Started in the middle, each begins as at the start of a run, with a memory that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
-import numpy as np
 from torch import Tensor
 
 from russet.schedulers.brownian import Noise
-from russet.schedulers.exponential import Exponential, weighted
+from russet.schedulers.exponential import Exponential, distances, quadrature, weighted
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Steps, pairs
 
@@ -64,8 +64,9 @@ def lms(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, order: int
     for a, b in pairs(points, end):
         x, x0 = yield x, a
         slopes, past = [(x - x0) / a.sigma, *slopes][:order], [a.sigma, *past][:order]
-        integrals = [basis.integ() for basis in lagrange(past)]
-        x = x + weighted([float(f(b.sigma) - f(a.sigma)) for f in integrals], slopes)
+        length = b.sigma - a.sigma
+        weights = quadrature([(sigma - a.sigma) / length for sigma in past], [1 / n for n in range(1, order + 1)])
+        x = x + length * weighted(weights, slopes)
     return x
 
 
@@ -75,24 +76,20 @@ def deis(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, order: in
     tail: how many of the last steps use no higher an order than there are steps left.
     """
     slopes: list[Tensor] = []
-    past: list[float] = []
+    past: list[Point] = []
     for left, (a, b) in zip(range(len(points), 0, -1), pairs(points, end), strict=True):
         x, x0 = yield x, a
-        slopes, past = [(x - x0) / a.sigma, *slopes][:order], [float(np.log(a.sigma)), *past][:order]
-        k = 1 if b.sigma == 0 else min(len(past), left if left <= tail else order)
-        # the integral of P(log s) ds is s (P - P' + P'') at log s
-        integrals = [p - p.deriv() + p.deriv(2) for p in lagrange(past[:k])]
-        low = float(np.log(b.sigma)) if k > 1 else 0.0
-        x = x + weighted([float(b.sigma * f(low) - a.sigma * f(past[0])) for f in integrals], slopes[:k])
+        slopes, past = [(x - x0) / a.sigma, *slopes][:order], [a, *past][:order]
+        k = min(len(past), left if left <= tail else order)
+        if k == 1 or b.sigma in (0, a.sigma):
+            x = x0 + slopes[0] * b.sigma
+            continue
+        z = math.log(b.sigma / a.sigma)
+        moments = [math.expm1(z)]  # of v**n over e^(z v) z dv, v = 0 .. 1, where sigma is a e^(z v)
+        for n in range(1, k):
+            moments.append(math.exp(z) - n / z * moments[-1])
+        x = x + a.sigma * weighted(quadrature(distances(past[:k], b), moments), slopes[:k])
     return x
-
-
-def lagrange(nodes: Sequence[float]) -> list[np.poly1d]:
-    """The polynomials that are 1 at one node and 0 at the others."""
-    others = [[v for k, v in enumerate(nodes) if k != j] for j in range(len(nodes))]
-    return [
-        np.poly1d(rest, r=True) / float(np.prod([u - v for v in rest])) for u, rest in zip(nodes, others, strict=True)
-    ]
 
 
 def dpm_multistep(
