@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import russet
 from russet.attention import chunked, sliced
-from russet.errors import ConfigError, InputError
+from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.models.clip_text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.clip_vision import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -145,13 +145,19 @@ def test_a_batch_equals_its_single_prompts(pair, agree):
         torch.zeros(1, 0, dtype=torch.long),
         torch.zeros(5, dtype=torch.long),
         torch.zeros(1, 5),
-        [[1, 2]],
     ],
-    ids=["too long", "empty", "flat", "floats", "a list"],
+    ids=["too long", "empty", "flat", "floats"],
 )
 def test_ids_that_do_not_fit_are_refused(ids):
     with pytest.raises(InputError, match=r"whole numbers \[B, N\] with N from 1 to 77"):
         CLIPTextModel(TEXT)(ids)
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(ArgumentTypeError, match="input_ids must be a tensor, not list"):
+        CLIPTextModel(TEXT)([[1, 2]])
+    with pytest.raises(ArgumentTypeError, match="pixel_values must be a tensor, not NoneType"):
+        CLIPVisionModelWithProjection(VISION)(None)
 
 
 def test_the_vision_model_equals_transformers(pair, agree, randn):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import russet
 from russet.attention import sliced
-from russet.errors import ConfigError, InputError
+from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.models.vae import AutoencoderKL, DiagonalGaussian
 from russet.models.vae_config import VAEConfig
 
@@ -212,6 +212,8 @@ def test_pictures_that_do_not_fit_are_refused(shape):
 
 
 def test_latents_that_do_not_fit_are_refused():
+    with pytest.raises(ArgumentTypeError, match="latents must be a tensor, not list"):
+        AutoencoderKL(TINY).decode([])
     with pytest.raises(InputError, match=r"latents must have the shape \[B, 4, H, W\]"):
         AutoencoderKL(TINY).decode(torch.zeros(1, 3, 8, 8))
 

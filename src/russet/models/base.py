@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from russet.attention import Attention, fused
 from russet.component import Component
 from russet.config import Config
 from russet.errors import ArgumentTypeError
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raises ArgumentTypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, not {type(value).__name__}")
 
 
 class Attending(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from russet.errors import InputError
-from russet.models.base import Model
+from russet.models.base import Model, require_tensor
 from russet.models.clip import CLIPEncoder, CLIPTowerConfig
 
 
@@ -100,9 +100,10 @@ class TextTransformer(nn.Module):
         return CLIPTextOutput(last, last[rows, self._ends(ids)], states if keep_states else None)
 
     def _check(self, ids: Tensor) -> None:
+        require_tensor("input_ids", ids)
         most = self.config.max_position_embeddings
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or not 1 <= ids.shape[1] <= most:
-            came = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        if ids.ndim != 2 or ids.is_floating_point() or not 1 <= ids.shape[1] <= most:
+            came = f"{ids.dtype} {list(ids.shape)}"
             raise InputError(f"input_ids must be whole numbers [B, N] with N from 1 to {most}, not {came}")
 
     def _ends(self, ids: Tensor) -> Tensor:

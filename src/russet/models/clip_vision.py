@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from russet.errors import InputError
-from russet.models.base import Model
+from russet.models.base import Model, require_tensor
 from russet.models.clip import CLIPEncoder, CLIPTowerConfig
 
 
@@ -90,6 +90,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> CLIPVisionOutput:
+        require_tensor("pixel_values", pixels)
         shape = self.config.num_channels, self.config.image_size, self.config.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != shape:
             raise InputError(

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from russet.errors import ArgumentTypeError, InputError
+from russet.errors import InputError
+from russet.models.base import require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.unet_config import UNetConfig
@@ -93,9 +94,8 @@ class UNet2DConditionModel(Conditioned):
         return UNetOutput(x) if return_dict else (x,)
 
     def _check(self, sample: Tensor, context: Tensor) -> None:
-        for name, tensor in (("sample", sample), ("encoder_hidden_states", context)):
-            if not isinstance(tensor, Tensor):
-                raise ArgumentTypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        require_tensor("sample", sample)
+        require_tensor("encoder_hidden_states", context)
         channels, size = self.config.in_channels, tuple(sample.shape)
         if len(size) != 4 or size[1] != channels or min(size) < 1:
             raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")

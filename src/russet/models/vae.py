@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from russet.errors import InputError
-from russet.models.base import Model
+from russet.models.base import Model, require_tensor
 from russet.models.tiling import Tiling, tiled
 from russet.models.vae_blocks import Decoder, Encoder
 from russet.models.vae_config import VAEConfig
@@ -152,6 +152,7 @@ class AutoencoderKL(Model):
         self.slicing = False
 
     def _check(self, what: str, x: Tensor, channels: int, least: int) -> None:
+        require_tensor(what, x)
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape) < 1 or min(x.shape[2:]) < least:
             raise InputError(f"{what} must have the shape [B, {channels}, H, W] with sides ≥ {least}: {list(x.shape)}")
 
