@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+
+needs_float8 = pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="torch before 2.1 has no float8")
 
 
 class Tiny(nn.Module):

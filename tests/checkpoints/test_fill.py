@@ -17,7 +17,7 @@ from russet.checkpoints.files import open_weights
 from russet.checkpoints.fill import build, check, fill, is_finite
 from russet.errors import ConfigError, CorruptFile, KeyMismatch
 
-from .made import Tiny
+from .made import Tiny, needs_float8
 
 
 @pytest.fixture
@@ -71,6 +71,7 @@ def test_values_are_converted_as_torch_converts_them(
     assert all(torch.equal(value, tiny_state[name].to(dtype)) for name, value in model.state_dict().items())
 
 
+@needs_float8
 def test_float8_becomes_what_was_asked_for(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
     small = {name: value.to(torch.float8_e4m3fn) for name, value in tiny_state.items()}
     model = build(Tiny, None)
@@ -83,6 +84,13 @@ def test_convolutions_take_the_memory_format(stored: Any, tiny_state: dict[str, 
     fill(model, stored(tiny_state), "here", memory_format=torch.channels_last)
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(model.conv.weight, tiny_state["conv.weight"])
+
+
+def test_weights_go_to_the_device_one_by_one(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
+    """The meta device stands for one that tests do not have: everything was converted, checked and sent there."""
+    model = build(Tiny, None)
+    fill(model, stored(tiny_state), "here", dtype=torch.float16, device="meta")
+    assert {(value.device.type, value.dtype) for value in model.state_dict().values()} == {("meta", torch.float16)}
 
 
 class Tied(nn.Module):

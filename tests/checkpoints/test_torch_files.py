@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from russet.checkpoints.files import open_weights
 from russet.errors import CheckpointError, CorruptFile
 
-from .made import called, torch_zip
+from .made import called, needs_float8, torch_zip
 
 
 def odd_state() -> dict[str, torch.Tensor]:
@@ -76,6 +76,7 @@ def test_a_state_dict_with_versions_of_its_modules_is_read(save: Any) -> None:
     assert set(save(model.state_dict()).tensors) == set(model.state_dict())
 
 
+@needs_float8
 def test_float8_is_read_from_a_storage_of_bytes(tmp_path: Path) -> None:
     value = torch.randn(4, 4).to(torch.float8_e4m3fn)
     torch.save({"a": value}, tmp_path / "x.bin")

@@ -65,10 +65,10 @@ class Draft:
         fill.check(model, {name: source.shape for name, source in sources.items()}, weights.where)
         return cls(model, str(place), choice, sources)
 
-    def make(self, dtype: torch.dtype) -> Any:
-        """The component, complete: a model on the CPU in ``dtype``."""
+    def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """The component, complete: a model in ``dtype`` on ``device``."""
         if self.sources:
-            fill.fill(self.component, self.sources, self.where, dtype=dtype)
+            fill.fill(self.component, self.sources, self.where, dtype=dtype, device=device)
         return self.component
 
     def refill(

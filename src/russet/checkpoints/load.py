@@ -48,8 +48,9 @@ def pipeline(
     overrides: Mapping[str, Any] | None = None,
     dtype: Precision = None,
     options: Options | None = None,
+    device: torch.device | str = "cpu",
 ) -> Loaded:
-    """Loads all components of a pipeline, on the CPU.
+    """Loads all components of a pipeline.
 
     Args:
         source: "mini", a folder in Diffusers form, or a Hub id.
@@ -57,6 +58,7 @@ def pipeline(
         dtype: of the weights of all models, or of each by its component's name ("default" for the others); None is
             float32.
         options: how to find the files.
+        device: where the weights go, tensor by tensor, without the whole model being on the CPU first.
 
     Raises:
         InputError: an argument has a wrong value, or an override names no component.
@@ -79,7 +81,7 @@ def pipeline(
     }
     choices = {part: draft.choice for part, draft in drafts.items() if draft.choice is not None}
     folder.check_variant(choices, options.variant, place)
-    made = {part: draft.make(precision_of(dtype, part)) for part, draft in drafts.items()}
+    made = {part: draft.make(precision_of(dtype, part), device) for part, draft in drafts.items()}
     log.info("%s: loaded %s in %.2f s", source, ", ".join(made), time.perf_counter() - started)
     components = {part: made.get(part) for part in index.parts} | overrides
     filled = {made[part]: draft for part, draft in drafts.items() if draft.sources}

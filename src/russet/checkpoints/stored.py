@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import mmap
 import os
 import stat
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from russet.errors import CorruptFile, MissingFile
+from russet.errors import CheckpointError, CorruptFile, MissingFile
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +67,10 @@ RANK_LIMIT = 8  # dimensions of a tensor; convolution weights have four
 LFS_MARK = b"version https://git-lfs"
 
 
+_MAPPED: weakref.WeakValueDictionary[StoredFile, mmap.mmap] = weakref.WeakValueDictionary()
+_MAPPING = threading.Lock()
+
+
 class Source(Protocol):
     """A tensor that can be had: its shape now, its values when they are wanted."""
 
@@ -81,6 +88,7 @@ class StoredFile:
     path: Path
     size: int
     changed: int  # nanoseconds
+    settled: bool  # in huggingface_hub's cache, whose files carry their hash as a name and are never written into
 
     @classmethod
     def at(cls, path: Path) -> StoredFile:
@@ -99,7 +107,8 @@ class StoredFile:
             raise CorruptFile(f"{path} is a folder; a weight file was expected")
         if not stat.S_ISREG(facts.st_mode):
             raise CorruptFile(f"{path} is not a regular file")
-        return cls(path, facts.st_size, facts.st_mtime_ns)
+        settled = path.is_symlink() and path.resolve().parent.name == "blobs"
+        return cls(path, facts.st_size, facts.st_mtime_ns, settled)
 
     def open(self) -> io.FileIO:
         """Opens the file for unbuffered reading.
@@ -124,10 +133,22 @@ class StoredFile:
             file.seek(offset)
             done = 0
             while done < len(memory):  # one call returns at most 2 GiB
-                count = file.readinto(memory[done:])
+                try:
+                    count = file.readinto(memory[done:])
+                except OSError as error:
+                    raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
                 if not count:
                     raise CorruptFile(f"{self.path} ends too early: it was cut short while it was being loaded")
                 done += count
+
+    def mapped(self) -> mmap.mmap:
+        """The whole file as memory, shared with the page cache until it is written to; one mapping while it is used."""
+        with _MAPPING:
+            memory = _MAPPED.get(self)
+            if memory is None:
+                with self.open() as file:
+                    memory = _MAPPED[self] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return memory
 
     def placeholder(self) -> str | None:
         """What to tell when the file only stands where its content should be: an empty file, a git-lfs pointer."""
@@ -188,6 +209,10 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """The values, in memory of their own: the file may change or go away afterwards.
 
+        The files of huggingface_hub's cache do not change, so from there they are not even copied: the memory is the
+        page cache's. Elsewhere a file that is rewritten in place would pull the memory away from under the model, and
+        the process would die of it.
+
         Raises:
             CorruptFile: the file was changed or cut short since its header was read, or its type needs another torch.
         """
@@ -201,9 +226,12 @@ class StoredTensor:
             )
         if self.count == 0:
             return torch.empty(self.shape, dtype=dtype)
-        raw = torch.empty(self.span * ITEM_SIZES[self.dtype], dtype=torch.uint8)
-        self.file.read_into(raw.numpy().data, self.offset)
-        values = raw.view(dtype)
+        if self.file.settled and self.offset % ITEM_SIZES[self.dtype] == 0:
+            values = torch.frombuffer(self.file.mapped(), dtype=dtype, count=self.span, offset=self.offset)
+        else:
+            raw = torch.empty(self.span * ITEM_SIZES[self.dtype], dtype=torch.uint8)
+            self.file.read_into(raw.numpy().data, self.offset)
+            values = raw.view(dtype)
         if self.strides is None:
             return values.reshape(self.shape)
         return values.as_strided(self.shape, self.strides).contiguous()
