@@ -64,6 +64,7 @@ class VirtualMac:
         self.memory = int(memory_gib * GIB)
         self.free_memory = int((memory_gib / 2 if free_gib is None else free_gib) * GIB)
         self.macos, self.torch = version(macos), version(torch)
+        self.available = self.macos >= next(oldest for first, oldest in OLDEST_MACOS if self.torch >= first)
         known = {defect.id for defect in DEFECTS}
         if unknown := set(bugs or ()) - known:
             raise ValueError(f"no such bugs: {sorted(unknown)}; there are {sorted(known)}")
@@ -77,11 +78,6 @@ class VirtualMac:
         self.graphs: set[Any] = set()  # compiled so far
         self.operators, self.functions = Operators(self), Functions(self)
         self._replaced = Replaced()
-
-    @property
-    def available(self) -> bool:
-        """Whether this torch runs on this macOS."""
-        return self.macos >= next(oldest for first, oldest in OLDEST_MACOS if self.torch >= first)
 
     def has(self, bug: str) -> bool:
         return bug in self.bugs

@@ -43,6 +43,7 @@ class Operator:
     arguments: tuple[tuple[str, Any], ...]  # names and defaults
     is_view: bool
     is_random: bool
+    writes: bool  # into an argument: in place, or ``out=``
 
     @classmethod
     @functools.cache
@@ -61,6 +62,7 @@ class Operator:
             or torch.Tag.inplace_view in func.tags
             or any(not alias.is_write for alias in aliases),
             is_random=torch.Tag.nondeterministic_seeded in func.tags,
+            writes=any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments),
         )
 
     def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Operators(TorchDispatchMode):
             rules.check_same_device(op.name, tensors)
         if status is None:
             raise rules.no_kernel(op.name)
-        return self.view(op, args, kwargs) if op.is_view else self.kernel(op, args, kwargs)
+        return self.view(op, args, kwargs) if op.is_view else self.kernel(op, args, kwargs, tensors)
 
     def status(self, op: Operator) -> str | None:
         return kernels.status(op.name, self.mac.torch) if op.namespace == "aten" else None
@@ -114,13 +116,13 @@ class Operators(TorchDispatchMode):
     def view(self, op: Operator, args: Any, kwargs: Any) -> Any:
         self.mac.account.view(op.base)
         out = op.func(*mapped(self.mac.to_host, args), **mapped(self.mac.to_host, kwargs))
-        return self.wrap(out, args, kwargs)
+        return self.wrap(op, out, args, kwargs)
 
-    def kernel(self, op: Operator, args: Any, kwargs: Any) -> Any:
+    def kernel(self, op: Operator, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """An operator that computes: the checks before it, the numbers, the defects, the accounts."""
         mac = self.mac
         bound = op.bind(args, kwargs)
-        rules.check_operands(x for x in tensors_in(bound) if isinstance(x, VirtualTensor))
+        rules.check_operands(tensors)
         self.check_result(op, bound)
         if op.base in INDEXING:
             self.charge_indices(bound)
@@ -134,9 +136,8 @@ class Operators(TorchDispatchMode):
             self.charge_decomposed_norm(bound["input"])
         else:
             mac.account.kernel(op.base)
-        made = self.wrap(out, args, kwargs)
-        rules.check_operands(x for x in tensors_in(made) if isinstance(x, VirtualTensor))
-        return made
+        rules.check_operands(tensors_in(out))
+        return self.wrap(op, out, args, kwargs)
 
     def compute(self, op: Operator, args: Any, kwargs: Any) -> Any:
         """The numbers, on the CPU; random ones come from the device's own stream."""
@@ -189,8 +190,10 @@ class Operators(TorchDispatchMode):
         self.mac.account.kernel("native_group_norm", 9 if x.dtype == torch.float32 else 13)
         self.mac.account.scratch(2 * 4 * x.numel())
 
-    def wrap(self, out: Any, args: Any, kwargs: Any) -> Any:
+    def wrap(self, op: Operator, out: Any, args: Any, kwargs: Any) -> Any:
         """Results as tensors of the device; one that is an argument's own (in place, ``out=``) is that argument."""
+        if not op.writes:
+            return mapped(lambda x: VirtualTensor(x, self.mac), out)
         owners = {id(x.host): x for x in tensors_in(args, kwargs) if isinstance(x, VirtualTensor)}
 
         def wrapped(x: Tensor) -> Tensor:
@@ -242,7 +245,7 @@ def uninitialised(self: Operators, op: Operator, args: Any, kwargs: Any) -> Any:
     self.check_result(op, op.bind(args, kwargs))
     out = self.compute(op, args, kwargs)
     self.mac.account.allocation(op.base)
-    made = self.wrap(out, args, kwargs)
+    made = self.wrap(op, out, args, kwargs)
     poison(out)
     return made
 

@@ -1,0 +1,225 @@
+"""Russet on virtual Macs of many kinds: the guide's program, the same pictures everywhere, limits, kernels, waits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from russet import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from russet.devices.facts import mac as written_mac
+from russet.devices.facts import read_facts
+from russet.models.clip_text import CLIPTextModel
+from russet.models.unet import UNet2DConditionModel
+from russet.models.vae import AutoencoderKL
+from russet.tokenizer import CLIPTokenizer
+
+from .virtual_mps import Counts, VirtualMac
+
+MACS = {
+    "M1 8 GB, macOS 13, torch 1.13": {"chip": "M1", "memory_gib": 8, "macos": "13.0", "torch": "1.13.1"},
+    "M1 16 GB, macOS 13.6, torch 2.0": {"chip": "M1", "memory_gib": 16, "macos": "13.6", "torch": "2.0.1"},
+    "M2 Pro 32 GB, macOS 14.5, torch 2.2": {"chip": "M2 Pro", "memory_gib": 32, "macos": "14.5", "torch": "2.2.2"},
+    "M3 Max 64 GB, macOS 15, torch 2.5": {"chip": "M3 Max", "memory_gib": 64, "macos": "15.0", "torch": "2.5.1"},
+    "M1 8 GB, macOS 14.5, torch 2.8": {"chip": "M1", "memory_gib": 8, "macos": "14.5", "torch": "2.8.0"},
+    "M1 8 GB, macOS 14.5, torch 2.12": {"chip": "M1", "memory_gib": 8, "macos": "14.5", "torch": "2.12.1"},
+    "M2 Ultra 192 GB, macOS 15.3, torch 2.13": {
+        "chip": "M2 Ultra",
+        "memory_gib": 192,
+        "macos": "15.3",
+        "torch": "2.13.0",
+    },
+    "M4 24 GB, macOS 26, torch 2.14": {"chip": "M4", "memory_gib": 24, "macos": "26.0", "torch": "2.14.0"},
+}
+
+
+@pytest.fixture(params=MACS.values(), ids=MACS)
+def kind(request) -> dict[str, Any]:
+    return request.param
+
+
+def tiny(folder: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=dtype, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe: Any, prompt: Any = "a red apple", steps: int = 2, seed: Any = 7, **options: Any) -> np.ndarray:
+    return pipe(prompt, num_inference_steps=steps, seed=seed, output_type="np", **options).images
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = float(((a - b) ** 2).mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_folder: Path) -> np.ndarray:
+    """The picture of the CPU in float32."""
+    return picture(tiny(tiny_folder, torch.float32))
+
+
+# -- the guide
+
+
+@pytest.mark.parametrize("name", ["M1 8 GB, macOS 13, torch 1.13", "M1 8 GB, macOS 14.5, torch 2.12"])
+def test_the_guides_program_runs_as_it_stands(name):
+    with VirtualMac(**MACS[name]) as mac:
+        pipe = DiffusionPipeline.from_pretrained("mini")
+        pipe = pipe.to("mps")
+        pipe.enable_attention_slicing()  # the guide: recommended below 64 GB
+        prompt = "a photo of an astronaut riding a horse on mars"
+        _ = pipe(prompt, num_inference_steps=1)  # the guide: a first pass on torch 1.13
+        image = pipe(prompt, num_inference_steps=1).images[0]
+        assert mac.account.total.kernel_count > 1000
+    assert image.size == (256, 256)
+    assert np.asarray(image).std() > 1
+
+
+def test_facts_are_read_as_they_are_written_down(kind):
+    with VirtualMac(**kind):
+        read = read_facts()
+    written = written_mac(**kind)
+    for name in ("device", "chip", "chip_family", "memory", "working_set", "largest_buffer", "macos", "torch", "bf16"):
+        assert getattr(read, name) == getattr(written, name), name
+
+
+# -- the same picture
+
+
+def test_float32_pictures_are_those_of_the_cpu(kind, tiny_folder, expected):
+    with VirtualMac(**kind):
+        found = picture(tiny(tiny_folder, torch.float32).to("mps"))
+    assert psnr(found, expected) > 90  # other attention, other order of sums
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1", "2.13.0"])
+def test_half_precision_is_close_to_it(version, tiny_folder, expected):
+    with VirtualMac(torch=version, macos="14.5"):
+        found = picture(tiny(tiny_folder).to("mps"))
+    assert psnr(found, expected) > 40
+
+
+@pytest.mark.parametrize("slicing", ["auto", "max", "off"])
+@pytest.mark.parametrize("version", ["1.13.1", "2.12.1", "2.13.0"])
+def test_slicing_is_never_nan_and_changes_nothing(slicing, version, tiny_folder, expected):
+    with VirtualMac(torch=version, macos="14.5"):
+        pipe = tiny(tiny_folder, torch.float32).to("mps")
+        pipe.disable_attention_slicing() if slicing == "off" else pipe.enable_attention_slicing(slicing)
+        found = picture(pipe)
+    assert psnr(found, expected) > 90
+
+
+def test_a_list_of_prompts_gives_the_pictures_of_single_ones(tiny_folder):
+    prompts = {"a red apple": 3, "a blue cat": 4}
+    with VirtualMac(memory_gib=8):
+        pipe = tiny(tiny_folder, torch.float32).to("mps")
+        together = picture(pipe, list(prompts), seed=list(prompts.values()))
+        alone = np.concatenate([picture(pipe, prompt, seed=seed) for prompt, seed in prompts.items()])
+    assert psnr(together, alone) > 90
+
+
+def test_noise_never_comes_from_the_device(tiny_folder, expected):
+    with VirtualMac():
+        pipe = tiny(tiny_folder, torch.float32).to("mps")
+        state = torch.mps.get_rng_state()
+        picture(pipe)
+        assert torch.equal(torch.mps.get_rng_state(), state)
+
+
+# -- what it costs
+
+
+def test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow(tiny_folder):
+    waits = {}
+    with VirtualMac() as mac:
+        pipe = tiny(tiny_folder).to("mps")
+        for steps in (3, 4, 9):
+            with mac.measure() as counts:
+                picture(pipe, steps=steps)
+            waits[steps] = counts.syncs
+    assert waits[4] == waits[3]
+    more = waits[9] - waits[4]
+    assert set(more) <= {"item"}
+    assert more["item"] <= 1
+
+
+# -- Stable Diffusion 1.5 at full size, on shapes alone
+
+
+def hollow(network: nn.Module) -> nn.Module:
+    """Weights of the right shape that take no memory: one number each, seen many times."""
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False))
+    return network
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion() -> Any:
+    """A function that gives the pipeline of Stable Diffusion 1.5, without values."""
+    from russet.checkpoints.fill import build
+
+    tokenizer = CLIPTokenizer.from_files(Path(__file__).parents[2] / "src/russet/mini/tokenizer")
+    unet = {"sample_size": 64, "cross_attention_dim": 768}
+    vae = {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+    def made() -> Any:
+        pipe = StableDiffusionPipeline(
+            unet=hollow(build(UNet2DConditionModel, UNet2DConditionModel.config_class.from_dict(unet))),
+            vae=hollow(build(AutoencoderKL, AutoencoderKL.config_class.from_dict(vae))),
+            text_encoder=hollow(build(CLIPTextModel, CLIPTextModel.config_class.from_dict(text))),
+            tokenizer=tokenizer,
+            scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to("mps", torch.float16)
+
+    return made
+
+
+def drawn(mac: VirtualMac, pipe: Any, height: int, width: int) -> Counts:
+    with mac.measure() as counts:
+        pipe("a cat", height=height, width=width, num_inference_steps=1, output_type="np", seed=0)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width"),
+    [
+        ("M1 8 GB, macOS 13, torch 1.13", 512, 512),
+        ("M1 8 GB, macOS 14.5, torch 2.12", 1024, 1024),
+        ("M2 Ultra 192 GB, macOS 15.3, torch 2.13", 512, 2048),
+    ],
+)
+def test_no_size_meets_a_limit_and_the_predicted_peak_holds(name, height, width, stable_diffusion):
+    with VirtualMac(**MACS[name], shapes_only=True) as mac:
+        pipe = stable_diffusion()
+        plan = pipe.plan(height=height, width=width)
+        counts = drawn(mac, pipe, height, width)
+    assert 0.9 <= counts.peak / plan.peak <= 1.02
+
+
+def test_a_guided_unet_call_runs_few_kernels_and_takes_little_memory(stable_diffusion):
+    with VirtualMac(shapes_only=True) as mac, torch.no_grad():
+        pipe = stable_diffusion()
+        drawn(mac, pipe, 512, 512)
+        x, context = torch.zeros(2, 4, 64, 64).half().to("mps"), torch.zeros(2, 77, 768).half().to("mps")
+        with mac.measure() as counts:
+            pipe.unet(x, 500.0, context)
+    assert counts.sync_count == 0
+    assert counts.extra <= 200 * 2**20
+    assert counts.kernel_count <= 740
