@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +39,18 @@ def pull(model: str, options: Options | None = None) -> Path:
 
 def cached_models(cache_dir: str | os.PathLike[str] | None = None) -> list[CachedModel]:
     """The repositories in the cache that hold a pipeline or weights in a single file, last used first."""
-    return _models(_scan(cache_dir))
-
-
-def _scan(cache_dir: str | os.PathLike[str] | None) -> Any:
-    """What huggingface_hub finds in the cache; None where there is no cache."""
     import huggingface_hub.utils
 
     utils: Any = huggingface_hub.utils  # which has the error in every version, some without declaring it
     try:
-        return huggingface_hub.scan_cache_dir(Options(cache_dir=cache_dir).cache)
+        found = huggingface_hub.scan_cache_dir(Options(cache_dir=cache_dir).cache)
     except utils.CacheNotFound:
-        return None
-
-
-def _models(found: Any) -> list[CachedModel]:
+        return []
     models = [
         CachedModel(
             repo.repo_id, repo.size_on_disk, datetime.datetime.fromtimestamp(repo.last_accessed), repo.repo_path
         )
-        for repo in (found.repos if found is not None else ())
+        for repo in found.repos
         if repo.repo_type == "model" and any(_is_model(file.file_name) for rev in repo.revisions for file in rev.files)
     ]
     return sorted(models, key=lambda model: model.last_used, reverse=True)
@@ -70,16 +63,13 @@ def remove(model: str, cache_dir: str | os.PathLike[str] | None = None) -> int:
         MissingFile: the cache does not have it.
         CheckpointError: its files cannot be deleted.
     """
-    found = _scan(cache_dir)
-    models = {entry.name: entry for entry in _models(found)}
+    models = {entry.name: entry for entry in cached_models(cache_dir)}
     if model not in models:
         there = f"; there are {', '.join(sorted(models))}" if models else ""
         raise MissingFile(f"{model!r} is not in the cache of downloads{there}")
-    commits = [
-        rev.commit_hash for repo in found.repos if repo.repo_path == models[model].path for rev in repo.revisions
-    ]
     try:
-        found.delete_revisions(*commits).execute()
+        # Not by huggingface_hub, which goes by commits: a mirror has the same ones as the repository that it copies.
+        shutil.rmtree(models[model].path)
     except OSError as error:
         raise CheckpointError(f"{models[model].path} cannot be deleted: {error.strerror or error}") from error
     return models[model].size
