@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from russet import StableDiffusionPipeline
+from russet.cli import app as cli
 from russet.cli.app import run
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +162,16 @@ def test_the_test_command_is_the_one_that_the_checks_run():
     assert install.replace("pip install", "pip install -q") in script
     assert f"step {test}\n" in script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_page_of_commands_shows_the_help_of_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = [block.code for block in blocks(ROOT / "docs" / "en" / "commands.md") if block.language == "text"]
+    for block in shown:
+        command, _, text = block.partition("\n")
+        assert run(shlex.split(command.removeprefix("$ russet "))) == 0
+        assert capsys.readouterr().out == text, f"{command} says something else now"
+    assert len(shown) == 1 + len(cli.app.commands)
 
 
 @pytest.mark.parametrize("page", **named(PAGES))

@@ -12,9 +12,20 @@ from russet.cli.screen import Screen
 
 @click.command("bench")
 @model_option
-@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Steps for each picture.")
-@click.option("--calls", type=click.IntRange(min=1), default=3, show_default=True, help="Calls to take the median of.")
-@click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures in each call.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", default=20, show_default=True, help="Steps for each picture."
+)
+@click.option(
+    "--calls",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=3,
+    show_default=True,
+    help="Calls to take the median of.",
+)
+@click.option(
+    "--number", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="Pictures in each call."
+)
 @width_option
 @height_option
 @device_option

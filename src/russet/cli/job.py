@@ -76,14 +76,27 @@ def check_output(output: Path) -> None:
 OPTIONS = (
     click.option("-n", "--negative", default="", metavar="TEXT", help="What not to draw."),
     model_option,
-    click.option("--steps", type=click.IntRange(min=1), help=f"[default: {STEPS}, with mini {DEMO_STEPS}]"),
     click.option(
-        "--guidance", type=float, help=f"How closely to follow. [default: {GUIDANCE}, with mini {DEMO_GUIDANCE}]"
+        "--steps", type=click.IntRange(min=1), metavar="N", help=f"[default: {STEPS}, with mini {DEMO_STEPS}]"
     ),
-    click.option("-s", "--seed", type=click.IntRange(min=0), help="The same seed, the same picture. [default: random]"),
+    click.option(
+        "--guidance",
+        type=float,
+        metavar="X",
+        help=f"How closely to follow the prompt. [default: {GUIDANCE}, with mini {DEMO_GUIDANCE}]",
+    ),
+    click.option(
+        "-s",
+        "--seed",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="The same seed, the same picture. [default: random]",
+    ),
     width_option,
     height_option,
-    click.option("--number", type=click.IntRange(min=1), default=1, show_default=True, help="How many pictures."),
+    click.option(
+        "--number", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="How many pictures."
+    ),
     click.option(
         "-o", "--output", type=click.Path(path_type=Path), default=".", help="A folder, or a name that ends in .png."
     ),

@@ -20,10 +20,10 @@ model_option = click.option(
     help="A Hub repository, a folder, a .safetensors or .ckpt file, or mini.",
 )
 width_option = click.option(
-    "-W", "--width", type=click.IntRange(min=8), help="In pixels. [default: as the model was trained]"
+    "-W", "--width", type=click.IntRange(min=8), metavar="N", help="In pixels. [default: as the model was trained]"
 )
 height_option = click.option(
-    "-H", "--height", type=click.IntRange(min=8), help="In pixels. [default: as the model was trained]"
+    "-H", "--height", type=click.IntRange(min=8), metavar="N", help="In pixels. [default: as the model was trained]"
 )
 device_option = click.option("--device", metavar="NAME", help="mps, cuda, cuda:1 or cpu. [default: the best one]")
 dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help="[default: what suits the device]")
