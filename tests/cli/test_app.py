@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -119,6 +120,15 @@ def test_info_as_json_is_json(capsys):
 def test_a_device_that_is_no_device_is_refused(capsys):
     assert run(["info", "--device", "tpu"]) == 2
     assert "tpu" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error_to_talk_about():
+    code = "from russet.cli import main; main()"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code, "samplers"], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_help_takes_less_than_a_third_of_a_second():

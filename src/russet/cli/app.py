@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error, 2 a wrong argument, 130 interrupted by Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -72,6 +73,9 @@ def run(words: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         complain("interrupted")
         return 130
+    except BrokenPipeError:  # whoever read the output has gone; what is still to be flushed must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except click.UsageError as error:
         error.show()
         return 2
