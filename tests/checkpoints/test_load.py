@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from russet.checkpoints import load
+from russet.checkpoints.folder import parse_index
 from russet.checkpoints.locate import MINI
 from russet.errors import (
     ArgumentTypeError,
@@ -325,3 +330,30 @@ def test_a_wrong_call_for_a_component_is_explained(what: str, tiny_folder: Path)
     cls, arguments, error, hint = COMPONENT_FAULTS[what]
     with pytest.raises(error, match=hint):
         load.component(cls, tiny_folder, **arguments)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 40), 1 << 40) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+VAE_KEYS = json.loads((MINI / "vae" / "config.json").read_text())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from([*VAE_KEYS, "new_key"]), JSON, min_size=1, max_size=3))
+def test_random_values_in_a_config_give_a_model_or_our_errors(tiny_folder: Path, values: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(tiny_folder / "vae", place, dirs_exist_ok=True)
+        change(Path(place) / "config.json", **values)
+        with contextlib.suppress(RussetError):
+            assert isinstance(load.component(AutoencoderKL, place), AutoencoderKL)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(["_class_name", "unet", "vae", "../x", "a/b", ""]), JSON, min_size=1))
+def test_random_values_in_an_index_give_a_pipeline_or_our_errors(tiny_folder: Path, values: dict[str, Any]) -> None:
+    index = json.loads((tiny_folder / "model_index.json").read_text())
+    with contextlib.suppress(RussetError):
+        parsed = parse_index({**index, **values}, "model_index.json")
+        parsed.entries(skipped=())
