@@ -12,6 +12,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the Hub bring a server of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MINI = Path(__file__).parents[1] / "src" / "russet" / "mini"
 
