@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from .virtual_mps import ProcessAborted, VirtualMac
 
+pytestmark = pytest.mark.skipif(not hasattr(F, "scaled_dot_product_attention"), reason="came with torch 2.0")
+
 FLOAT = 4
 
 
@@ -101,6 +103,12 @@ def test_scale_came_with_2_1():
                     F.scaled_dot_product_attention(q, q, q, scale=1.0)
             else:
                 F.scaled_dot_product_attention(q, q, q, scale=1.0)
+
+
+def test_the_result_is_contiguous_as_on_mps():
+    with VirtualMac():
+        q = torch.randn(2, 5, 3, 8, device="mps").transpose(1, 2)
+        assert F.scaled_dot_product_attention(q, q, q).is_contiguous()  # the CPU's own result is not
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(12, 12)}])

@@ -114,6 +114,11 @@ def requires_grad(mac: VirtualMac, func: Any, x: Tensor, requires_grad: bool = T
     return x if virtual(x) else func(x, requires_grad)
 
 
+@handles(Tensor.item)
+def item(mac: VirtualMac, func: Any, x: Tensor) -> Any:
+    return aten._local_scalar_dense.default(x) if virtual(x) and x.numel() == 1 else func(x)
+
+
 @handles(Tensor.nonzero, torch.nonzero)
 def nonzero(mac: VirtualMac, func: Any, x: Tensor, *, as_tuple: bool = False) -> Any:
     if not virtual(x):
@@ -167,7 +172,7 @@ def plain_numbers(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(plain_numbers(item) for item in index)
     is_number = isinstance(index, VirtualTensor) and index.dim() == 0 and index.dtype not in (torch.bool, torch.uint8)
-    return index.item() if is_number else index
+    return aten._local_scalar_dense.default(index) if is_number else index
 
 
 def is_basic(index: Any) -> bool:

@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 
 KERNEL, COMPOSITE, IMPLICIT = "kernel", "composite", "implicit"
 
+IN_CODE = ("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not")  # up to torch 2.0 they were not in the file
+
 Version = tuple[int, ...]
 
 
@@ -89,10 +91,12 @@ def kernels_since() -> dict[str, Version]:
 
 
 def status(operator: str, torch: Version) -> str | None:
-    """How an operator (``"add.Tensor"``) runs on the mps of a torch version; None: it does not."""
-    known = installed_operators()
-    found = known.get(operator) or known.get(operator.removesuffix(".default"))
-    return found if torch >= kernels_since().get(operator, ()) else None
+    """How an operator (``"add.Tensor"``) runs on the mps of a torch version, installed or not; None: it does not."""
+    found = installed_operators().get(operator)
+    since = kernels_since().get(operator)
+    if since is None:
+        return KERNEL if operator.startswith(IN_CODE) else found
+    return (found or KERNEL) if torch >= since else None
 
 
 def version(text: str) -> Version:
@@ -104,17 +108,14 @@ def version(text: str) -> Version:
 
 
 def differences(folder: Path) -> dict[Version, list[str]]:
-    """From each release's file in ``folder``: the operators that run on mps since that release.
-
-    The bitwise ones are left out: up to torch 2.0 their kernels were registered in code, not in the file.
-    """
+    """From each release's file in ``folder``: the operators that run on mps since that release."""
     releases = sorted((version(path.stem), read_operators(path.read_text())) for path in folder.glob("*.yaml"))
     since: dict[Version, list[str]] = {}
     running: set[str] = set()
     for number, (release, operators) in enumerate(releases):
         now = {name for name, how in operators.items() if how}
         if number:
-            since[release[:2]] = sorted(name for name in now - running if not name.startswith("bitwise_"))
+            since[release[:2]] = sorted(name for name in now - running if not name.startswith(IN_CODE))
         running |= now
     return since
 

@@ -150,7 +150,7 @@ class Operators(TorchDispatchMode):
         if op.base in PRODUCTS and any(x.dtype in HALF for x in tensors_in(args)) and "out" not in kwargs:
             return half_by_float32(op, args, kwargs)
         if not op.is_random:
-            return op.func(*args, **kwargs)
+            return computed(op, args, kwargs)
         with device_stream(mac, kwargs.get("generator")):
             return op.func(*args, **kwargs)
 
@@ -209,18 +209,30 @@ class Operators(TorchDispatchMode):
 
 def reshape(owner: VirtualTensor, like: VirtualTensor) -> None:
     """Gives a tensor another's values, shape and strides, in place."""
-    with torch._C._DisableTorchDispatch():
-        Tensor.data.__set__(owner, like)  # type: ignore[attr-defined]
+    undisturbed = torch._C._DisableTorchDispatch()  # as long as it lives; a context only in newer torch
+    Tensor.data.__set__(owner, like)  # type: ignore[attr-defined]
+    del undisturbed
     owner.adopt(like.host, like.mac)
 
 
-def half_by_float32(op: Operator, args: Any, kwargs: Any) -> Any:
-    """A product of half-precision operands as a GPU computes it, summed in float32 and rounded once.
+def computed(op: Operator, args: Any, kwargs: Any) -> Any:
+    """The CPU's result; in float32 where an older torch's CPU has no kernel in half precision."""
+    try:
+        return op.func(*args, **kwargs)
+    except RuntimeError as error:
+        if "not implemented for 'Half'" not in str(error):
+            raise
+        return half_by_float32(op, args, kwargs)
 
-    The CPU's own kernels for them are a hundred times slower, or missing in older torch.
+
+def half_by_float32(op: Operator, args: Any, kwargs: Any) -> Any:
+    """A result of half-precision operands as a GPU computes it: in float32, and rounded once.
+
+    The CPU's own kernels for products of them are a hundred times slower.
     """
     given = tensors_in(args)
-    result = op.func(*mapped(Tensor.float, args), **mapped(Tensor.float, kwargs)).to(given[0].dtype)
+    wide = (mapped(lambda x: x.float() if x.dtype in HALF else x, tree) for tree in (args, kwargs))
+    result = mapped(lambda x: x.to(given[0].dtype), op.func(*next(wide), **next(wide)))
     return given[0].copy_(result) if op.name.endswith("_") else result
 
 

@@ -42,7 +42,7 @@ class VirtualTensor(Tensor):
     def adopt(self, host: Tensor, mac: VirtualMac) -> None:
         """Takes other values in place of its own; shape and strides are the caller's business."""
         self.host, self.mac = host, mac
-        self.buffer = mac.account.hold(host.untyped_storage())
+        self.buffer = mac.account.hold(storage_of(host))
 
     # No detour over __torch_function__: the function mode of virtual_mps.functions sees every call anyway.
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -104,7 +104,12 @@ class VirtualTensor(Tensor):
         return self.host.data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.host.untyped_storage()
+        return storage_of(self.host)
+
+
+def storage_of(x: Tensor) -> Any:
+    """The bytes behind a tensor, without a dtype; torch before 2.0 calls them otherwise."""
+    return x.untyped_storage() if hasattr(x, "untyped_storage") else x.storage().untyped()
 
 
 def tensors_in(*trees: Any) -> list[Tensor]:
