@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from russet.cli.app import run
-
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+Russet = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache that huggingface_hub and Russet look into, without a network."""
-    from huggingface_hub import constants
+def russet(tmp_path) -> Russet:
+    """The command in a process of its own, since huggingface_hub reads once, when imported, where its cache is."""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    return tmp_path
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from russet.cli import main; main()", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return run
 
 
 def downloaded(cache: Path, name: str) -> None:
@@ -33,29 +39,35 @@ def downloaded(cache: Path, name: str) -> None:
     (snapshot / "model_index.json").symlink_to(folder / "blobs" / "aaaa")
 
 
-def test_models_are_listed_and_removed(cache, capsys):
-    downloaded(cache, "someone/pictures")
-    assert run(["models"]) == 0
-    assert capsys.readouterr().out.startswith("someone/pictures ")
-    assert run(["models", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert (row["name"], row["bytes"]) == ("someone/pictures", 2)
-    assert run(["rm", "someone/pictures"]) == 0
-    assert "freed" in capsys.readouterr().out
-    assert run(["models"]) == 0
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "no model is downloaded" in shown.err
+def test_models_are_listed_and_removed(russet, tmp_path):
+    downloaded(tmp_path, "someone/pictures")
+    downloaded(tmp_path, "someone/else")
+    listed = russet("models")
+    assert listed.returncode == 0, listed.stderr
+    assert sorted(line.split()[0] for line in listed.stdout.splitlines()) == ["someone/else", "someone/pictures"]
+    assert {(row["name"], row["bytes"]) for row in json.loads(russet("models", "--json").stdout)} == {
+        ("someone/else", 2),
+        ("someone/pictures", 2),
+    }
+    assert russet("rm", "someone/pictures").stdout.startswith("freed ")
+    assert [line.split()[0] for line in russet("models").stdout.splitlines()] == ["someone/else"]
 
 
-def test_what_is_not_there_cannot_be_removed(cache, capsys):
-    assert run(["rm", "someone/else"]) == 1
-    assert "someone/else" in capsys.readouterr().err
+def test_an_empty_cache_says_how_to_fill_it(russet):
+    done = russet("models")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "russet pull" in done.stderr
+
+
+def test_what_is_not_there_cannot_be_removed(russet):
+    done = russet("rm", "someone/else")
+    assert done.returncode == 1
+    assert "someone/else" in done.stderr
 
 
 @pytest.mark.parametrize(("model", "code"), [("someone/pictures", 1), ("no id", 2)])
-def test_a_model_that_cannot_be_had_is_one_message(cache, capsys, model, code):
-    assert run(["pull", model]) == code
-    err = capsys.readouterr().err
-    assert model in err
-    assert "Traceback" not in err
+def test_a_model_that_cannot_be_had_is_one_message(russet, model, code):
+    done = russet("pull", model)
+    assert done.returncode == code
+    assert model in done.stderr
+    assert "Traceback" not in done.stderr
