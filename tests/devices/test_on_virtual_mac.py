@@ -97,6 +97,13 @@ def test_the_guides_program_runs_as_it_stands(name):
     assert np.asarray(image).std() > 1
 
 
+def test_the_watermark_is_lowered_before_the_device_is_used(monkeypatch):
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    with VirtualMac(memory_gib=8) as mac:
+        mini().to("mps")
+        assert mac.account.limit == mac.working_set
+
+
 def test_facts_are_read_as_they_are_written_down(kind):
     with VirtualMac(**kind):
         read = read_facts()

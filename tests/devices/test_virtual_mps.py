@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import threading
 
@@ -320,9 +321,11 @@ def test_memory_runs_out_at_the_watermark(monkeypatch):
         torch.mps.set_per_process_memory_fraction(1.0)
         with pytest.raises(RuntimeError, match="out of memory"):
             torch.empty(1, device="mps")
-    monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0")
+    monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.0")
     with VirtualMac(memory_gib=8, shapes_only=True):
+        os.environ["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] = "0.0"  # in time: nothing was allocated yet
         assert len([torch.empty(2**30, dtype=torch.int8, device="mps") for _ in range(12)]) == 12
+    assert os.environ["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "1.0"
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def test_a_result_is_wrong_only_where_the_defect_holds(compute, wrong_on, right_
     assert wrong.shape != expected.shape or not torch.allclose(wrong, expected, rtol=1e-3)
 
 
+@needs_torch_2
 def test_what_the_classic_slicing_does_turns_nan():
     with VirtualMac(torch="2.12.0"):
         assert empty_baddbmm().isnan().all()

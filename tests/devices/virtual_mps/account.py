@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections import Counter
@@ -58,14 +59,25 @@ class Counts:
 class Account:
     """Keeps the counts of a virtual device; ``measure`` gives those of a stretch of a program."""
 
-    def __init__(self, largest_buffer: int, limit: int) -> None:
-        self.largest_buffer, self.limit = largest_buffer, limit  # limit 0: none
+    def __init__(self, largest_buffer: int, working_set: int) -> None:
+        self.largest_buffer, self.working_set = largest_buffer, working_set
+        self._limit: int | None = None
         self.live = 0
         self.cached = 0  # the most that was live since the cache was last emptied: freed blocks stay with the driver
         self.total = Counts()
         self._open = [self.total]
         self._buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
         self._lock = threading.RLock()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be live at once; 0 is no limit. torch reads its setting when the first byte is allocated."""
+        if self._limit is None:
+            self.limit_to(float(os.environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.7")))
+        return self._limit or 0
+
+    def limit_to(self, ratio: float) -> None:
+        self._limit = int(ratio * self.working_set)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[Counts]:
@@ -136,7 +148,7 @@ class Account:
         """Raises, in torch's words, if that many more bytes cannot be had."""
         if nbytes > self.largest_buffer:
             raise RuntimeError(f"Invalid buffer size: {gib(nbytes)}")
-        if self.limit and self.live + nbytes > self.limit:
+        if 0 < self.limit < self.live + nbytes:
             raise RuntimeError(
                 f"MPS backend out of memory (MPS allocated: {gib(self.live)}, other allocations: 0 bytes, max allowed: "
                 f"{gib(self.limit)}). Tried to allocate {gib(nbytes)} on private pool. Use "

@@ -7,6 +7,7 @@ the Mac is left.
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .machine import VirtualMac
 
 ABSENT = object()
+SETTINGS = ("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "PYTORCH_MPS_LOW_WATERMARK_RATIO")
 PYTHON = 300 * 2**20  # what Python and torch take of the memory by themselves
 
 SINCE: dict[str, Version] = {  # of torch.mps and torch.backends.mps, where it was not there from the start
@@ -49,10 +51,11 @@ SINCE: dict[str, Version] = {  # of torch.mps and torch.backends.mps, where it w
 
 
 class Replaced:
-    """Attributes given other values, and put back in reverse order."""
+    """Attributes given other values, and put back in reverse order, with the environment that a program may set."""
 
     def __init__(self) -> None:
         self.kept: list[tuple[Any, str, Any]] = []
+        self.settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Replaces an attribute, makes it, or with ``ABSENT`` removes it."""
@@ -62,6 +65,9 @@ class Replaced:
     def restore(self) -> None:
         while self.kept:
             self._write(*self.kept.pop())
+        for name in SETTINGS:
+            os.environ.pop(name, None)
+        os.environ.update(self.settings)
 
     @staticmethod
     def _write(owner: Any, name: str, value: Any) -> None:
@@ -107,7 +113,7 @@ def device_module(mac: VirtualMac) -> dict[str, Any]:
             raise TypeError("Invalid type for fraction argument, must be `float`")
         if fraction < 0 or fraction > 2:
             raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~2")
-        account.limit = int(fraction * mac.working_set)
+        account.limit_to(fraction)
 
     def empty_cache() -> None:
         account.cached = account.live

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -72,12 +71,11 @@ class VirtualMac:
         self.non_blocking, self.shapes_only, self.reads = non_blocking, shapes_only, reads
         self.host = "meta" if shapes_only else "cpu"
         self.working_set = self.memory * 2 // 3 if self.memory <= 32 * GIB else self.memory * 3 // 4
-        self.account = Account(largest_buffer=self.working_set * 3 // 4, limit=0)
+        self.account = Account(self.working_set * 3 // 4, self.working_set)
         self.generator: Any = VirtualGenerator("mps")
         self.shapes = Shapes()
         self.graphs: set[Any] = set()  # compiled so far
         self.operators, self.functions = Operators(self), Functions(self)
-        self._replaced = Replaced()
 
     def has(self, bug: str) -> bool:
         return bug in self.bugs
@@ -92,8 +90,7 @@ class VirtualMac:
         if VirtualMac.active is not None:
             raise RuntimeError(f"{VirtualMac.active.name} is active already; virtual Macs do not nest")
         VirtualMac.active = self
-        ratio = float(os.environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.7"))
-        self.account.limit = int(ratio * self.working_set)
+        self._replaced = Replaced()
         install(self, self._replaced)
         self._overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
