@@ -67,7 +67,7 @@ DEFECTS = (
     Defect("long-matrix", torch=((2, 7), (2, 14)), chips=("M1", "M2")),  # pytorch#193487, more than 32768 terms
     Defect("channels-last"),
     Defect("strided-linear", torch=((2, 8), (2, 9))),  # pytorch#162779
-    Defect("norm-dtypes", torch=((2, 13), (2, 14))),  # pytorch#190054
+    Defect("mixed-norms", torch=((2, 13), (2, 14))),  # pytorch#190054
     Defect("half-layer-norm", torch=((2, 0), (2, 1))),
     Defect("slow-group-norm", torch=((2, 1), (2, 13))),
     Defect("upsample-half", macos=((), (13,))),
@@ -168,7 +168,7 @@ def differs_the_first_time(mac: VirtualMac, a: Arguments) -> Spoil | None:
     return lambda out: out.mul_(1.03125)
 
 
-@effect("norm-dtypes", "native_layer_norm", "native_group_norm")
+@effect("mixed-norms", "native_layer_norm", "native_group_norm")
 def confuses_weights(mac: VirtualMac, a: Arguments) -> Spoil | None:
     mixed = a["weight"] is not None and a["weight"].dtype != a["input"].dtype
     return (lambda out: out.copy_(out.flip(1))) if mixed else None
