@@ -75,6 +75,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("DPMSolverMultistep", {"lambda_min_clipped": math.nan}, "lambda_min_clipped"),
     ("UniPCMultistep", {"solver_p": "euler"}, "solver_p must be"),
     ("LCM", {"original_inference_steps": 0}, "original_inference_steps"),
+    ("EulerChurn", {"s_churn": -1.0}, "s_churn must not be negative"),
+    ("Restart", {"restart_times": 4}, "restart_times must lie in"),
+    ("Restart", {"restart_sigma_min": 3.0}, "restart_sigma_min must be"),
 ]
 
 

@@ -93,3 +93,11 @@ def test_the_models_own_spacing_is_kept() -> None:
 def test_the_list_of_names_needs_no_torch() -> None:
     code = "import sys, russet.schedulers.names as n; n.parse('DPM++ 2M Karras'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_scheduler_is_shown_by_the_title_of_its_row() -> None:
+    for name, row in names.SAMPLERS.items():
+        assert names.title(names.make(name, SD)) == row.title
+    sampler = names.make("unipc", SD)
+    assert names.title(type(sampler)(sampler.config, solver_type="bh2")) == "UniPC bh2"
+    assert names.title(names.make("dpmpp_2m", {**SD, "use_karras_sigmas": True})) == "DPM++ 2M"

@@ -218,6 +218,10 @@ def test_restart_goes_back_up_within_the_number_of_steps_asked_for() -> None:
     jumps = [after for before, after in pairwise(levels) if after > before]
     assert len(schedule.points) == 24
     assert jumps == pytest.approx([2.0, 2.0])
+    scheduler = named.RestartScheduler(**SD, restart_times=2)
+    assert sorted(set(scheduler.starts(schedule))) == scheduler.starts(
+        schedule
+    )  # each step begins at a call of its own
     few = named.RestartScheduler(**SD).schedule(5)
     assert [point.sigma for point in few.points] == sorted((p.sigma for p in few.points), reverse=True)
 

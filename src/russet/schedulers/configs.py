@@ -181,6 +181,34 @@ class Distilled(Trained):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Churn(Trained):
+    """By how much the noise is raised in a run, and between which levels (arXiv:2206.00364, table 5)."""
+
+    s_churn: float = 10.0
+    s_tmin: float = 0.0
+    s_tmax: float | None = None
+
+    def check(self) -> None:
+        super().check()
+        self.require(self.s_churn >= 0, f"s_churn must not be negative, not {self.s_churn}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restart(Trained):
+    """How often a run goes back up, and between which noise levels (arXiv:2306.14878)."""
+
+    restart_times: int = 1
+    restart_sigma_min: float = 0.1
+    restart_sigma_max: float = 2.0
+
+    def check(self) -> None:
+        super().check()
+        self.require(0 <= self.restart_times <= 3, f"restart_times must lie in 0..3, not {self.restart_times}")
+        rising = 0 < self.restart_sigma_min < self.restart_sigma_max
+        self.require(rising, "restart_sigma_min must be above 0 and below restart_sigma_max")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class HighOrder(SigmaChoice, Thresholding):
     """What the solvers of DPM-Solver's kind have in common."""
 

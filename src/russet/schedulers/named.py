@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,10 +16,12 @@ import numpy as np
 from russet.errors import InputError
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.configs import (
+    Churn,
     Clipping,
     Distilled,
     DPMSolver,
     HighOrder,
+    Restart,
     SchedulerConfig,
     SigmaChoice,
     SigmaRange,
@@ -333,7 +334,7 @@ class EulerChurnScheduler(EulerDiscreteScheduler):
     differs from Diffusers, whose ``step(s_churn=…)`` adds the noise after the model was called.
     """
 
-    config_class = keys(EulerDiscreteScheduler.config_class, s_churn=10.0, s_tmin=0.0, s_tmax=(float | None, None))
+    config_class = keys(EulerDiscreteScheduler.config_class, Churn)
 
     def solver(self, steps: int, **options: Any) -> Solver:
         return functools.partial(solvers.one_step, step=solvers.euler_step)
@@ -346,8 +347,11 @@ class EulerChurnScheduler(EulerDiscreteScheduler):
         return [first, *(up if low <= p.sigma <= high else p for p, up in zip(rest, raised, strict=True))]
 
 
-class DPMSolverSinglestepAncestralScheduler(KDPM2DiscreteScheduler):
+class DPMSolverSinglestepAncestralScheduler(VarianceExploding):
     """DPM-Solver++(2S) with ancestral noise: k-diffusion's "DPM++ 2S a"."""
+
+    config_class = keys(KDPM2DiscreteScheduler.config_class)
+    order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
         return functools.partial(solvers.dpmpp_2s_ancestral, at=self.point_of)
@@ -368,13 +372,7 @@ class RestartScheduler(HeunDiscreteScheduler):
     A quarter of the steps goes to each of ``restart_times`` ways from ``restart_sigma_max`` to ``restart_sigma_min``.
     """
 
-    config_class = keys(
-        HeunDiscreteScheduler.config_class,
-        use_karras_sigmas=True,
-        restart_times=1,
-        restart_sigma_min=0.1,
-        restart_sigma_max=2.0,
-    )
+    config_class = keys(HeunDiscreteScheduler.config_class, Restart, use_karras_sigmas=True)
 
     def place(self, steps: int) -> list[Point]:
         each, times = steps // 4, self.key("restart_times")
@@ -384,8 +382,8 @@ class RestartScheduler(HeunDiscreteScheduler):
         if each < 2 or low == 0 or again[0] <= down[low].sigma:
             return down
         first, *rest = map(self.point_of, again.tolist())
-        loops = [[dataclasses.replace(p) for p in (dataclasses.replace(first, arrival=down[low]), *rest)]] * times
-        return [*down[:low], *itertools.chain(*loops), *down[low:]]
+        loop = [dataclasses.replace(first, arrival=down[low]), *rest]
+        return [*down[:low], *(dataclasses.replace(point) for _ in range(times) for point in loop), *down[low:]]
 
 
 class EulerCFGPPScheduler(EulerDiscreteScheduler):
