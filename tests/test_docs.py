@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +55,14 @@ def named(pages: list[Path]) -> dict[str, object]:
 def twin(page: Path) -> Path:
     """The Korean page of an English one."""
     return ROOT / "README.ko.md" if page.name == "README.md" else ROOT / "docs" / "ko" / page.name
+
+
+@pytest.fixture(autouse=True)
+def the_loggers_level_stays() -> Iterator[None]:
+    """A page may show how to silence Russet; the other tests still want to hear it."""
+    level = logging.getLogger("russet").level
+    yield
+    logging.getLogger("russet").setLevel(level)
 
 
 @pytest.mark.parametrize("page", **named([page for page in ENGLISH if any(not b.marks for b in programs(page))]))

@@ -148,11 +148,16 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(here):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # what a shell puts into the background ignores Ctrl-C, and so would everything that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    time.sleep(6)
-    assert process.poll() is None, "it ended before it could be interrupted"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    try:
+        time.sleep(6)
+        assert process.poll() is None, "it ended before it could be interrupted"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert out == ""
     assert "interrupted" in err
