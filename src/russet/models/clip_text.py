@@ -78,7 +78,9 @@ class TextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # type: ignore[no-any-return]
+        # Called, though it is but a slice of its weight: offloading moves a layer's weights when the layer is called.
+        places = self.position_embedding(torch.arange(ids.shape[1], device=ids.device))
+        return self.token_embedding(ids) + places  # type: ignore[no-any-return]
 
 
 class TextTransformer(nn.Module):

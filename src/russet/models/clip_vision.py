@@ -75,7 +75,7 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-        return tokens + self.position_embedding.weight
+        return tokens + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))  # type: ignore[no-any-return]
 
 
 class VisionTransformer(nn.Module):

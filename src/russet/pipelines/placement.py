@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from russet import attention
 from russet.attention import Attention
@@ -165,6 +165,9 @@ def streamed(module: nn.Module, device: torch.device) -> Iterator[None]:
     def leave(layer: nn.Module, args: Any, output: Any) -> None:
         layer._parameters.update(home.pop(layer))
 
+    def receive(network: nn.Module, args: Any) -> Any:  # callers send their inputs to where the weights rest
+        return tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
+
     layers = [layer for layer in module.modules() if own_parameters(layer)]
     buffers = [(owner, name, b) for owner in module.modules() for name, b in owner._buffers.items() if b is not None]
     hooks = [
@@ -172,6 +175,7 @@ def streamed(module: nn.Module, device: torch.device) -> Iterator[None]:
         for layer in layers
         for hook in (layer.register_forward_pre_hook(arrive), layer.register_forward_hook(leave))
     ]
+    hooks.append(module.register_forward_pre_hook(receive))
     try:
         for owner, name, buffer in buffers:
             owner._buffers[name] = buffer.to(device)
