@@ -172,6 +172,23 @@ def test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow():
     assert more["item"] <= 1
 
 
+@pytest.mark.parametrize("kind_of_offload", ["model", "sequential"])
+def test_offload_gives_the_same_picture_with_fewer_bytes_at_once(kind_of_offload, expected):
+    with VirtualMac() as mac:
+        pipe = mini(torch.float32).to("mps")
+        with mac.measure() as everything:
+            picture(pipe)
+        del pipe
+        pipe = mini(torch.float32)
+        getattr(pipe, f"enable_{kind_of_offload}_cpu_offload")(device="mps")
+        with mac.measure() as offloaded:
+            found = picture(pipe)
+        left = mac.account.live
+    assert psnr(found, expected) > 90
+    assert offloaded.peak < everything.peak
+    assert left < everything.start / 10
+
+
 # -- Stable Diffusion 1.5 at full size, on shapes alone
 
 
