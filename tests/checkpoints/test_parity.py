@@ -31,7 +31,9 @@ MODELS: dict[str, Any] = {
     ),
     "the UNet of SDXL": lambda: diffusers.UNet2DConditionModel(
         **{**UNET, **XL, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")},
-        cross_attention_dim=16, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+        cross_attention_dim=16,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
     ),
     "the UNet of inpainting": lambda: diffusers.UNet2DConditionModel(**UNET, cross_attention_dim=16, in_channels=9),

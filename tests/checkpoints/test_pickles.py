@@ -108,7 +108,7 @@ def test_a_bomb_does_not_go_off(what: str, tmp_path: Path) -> None:
     started = time.process_time()
     with contextlib.suppress(CheckpointError):
         assert open_weights(torch_zip(tmp_path / "x.bin", BOMBS[what])).tensors == {}
-    assert time.process_time() - started < 10  # linear in the size: a fraction of a second, and a margin for a slow machine
+    assert time.process_time() - started < 10  # linear in the size; the margin is for slow machines
 
 
 @pytest.mark.parametrize("name", ["a" * 1001, "가" * 2000])
