@@ -128,8 +128,11 @@ def test_half_precision_is_close_to_it(torch_version, expected):
     assert psnr(found, expected) > 40
 
 
-@pytest.mark.parametrize("slicing", ["auto", "max", "off"])
-@pytest.mark.parametrize("torch_version", ["1.13.1", "2.12.1", "2.13.0"], indirect=True)
+@pytest.mark.parametrize(
+    ("torch_version", "slicing"),
+    [("1.13.1", "max"), ("2.12.1", "auto"), ("2.12.1", "max"), ("2.12.1", "off"), ("2.13.0", "max")],
+    indirect=["torch_version"],
+)
 def test_slicing_is_never_nan_and_changes_nothing(slicing, torch_version, expected):
     with VirtualMac(torch=torch_version, macos="14.5"):
         pipe = mini(torch.float32).to("mps")
@@ -240,7 +243,6 @@ def drawn(mac: VirtualMac, pipe: Any, height: int, width: int) -> Counts:
 @pytest.mark.parametrize(
     ("name", "height", "width"),
     [
-        ("M1 8 GB, macOS 13, torch 1.13", 512, 512),
         ("M1 8 GB, macOS 14.5, torch 2.12", 1024, 1024),
         ("M2 Ultra 192 GB, macOS 15.3, torch 2.13", 512, 2048),
     ],
