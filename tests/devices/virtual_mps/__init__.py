@@ -22,8 +22,8 @@ It counts kernels, views, waits of the host, and bytes, each storage once (``acc
 computes nothing and takes no memory, so a full-size network is measured in seconds.
 
 How it works: ``tensor.VirtualTensor`` wraps a CPU tensor; ``operators.Operators`` sees every operator of torch's
-dispatcher, ``functions.Functions`` the few Python functions that must be met earlier; ``machine.VirtualMac`` switches
-all of it on and off.
+dispatcher (``schema`` knows what kind it is, ``shapes`` works without values), ``functions.Functions`` the few Python
+functions that must be met earlier; ``machine.VirtualMac`` switches all of it on and off.
 
 What it does not do: it has no autograd, no sparse tensors and no torch.compile; a kernel's own temporary memory is
 counted for attention and the decomposed GroupNorm only; it knows nothing of speed. torch's Python functions that index
