@@ -1,4 +1,4 @@
-"""Whole pictures against Diffusers: the same weights, saved by Diffusers and loaded by Russet, give the same pictures."""
+"""Whole pictures against Diffusers: weights saved by Diffusers and loaded by Russet give the same pictures."""
 
 from __future__ import annotations
 
