@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,13 @@ def test_a_scheduler_is_shown_by_the_title_of_its_row() -> None:
     sampler = names.make("unipc", SD)
     assert names.title(type(sampler)(sampler.config, solver_type="bh2")) == "UniPC bh2"
     assert names.title(names.make("dpmpp_2m", {**SD, "use_karras_sigmas": True})) == "DPM++ 2M"
+
+
+def test_the_page_lists_every_sampler_with_its_class_and_every_schedule() -> None:
+    text = (Path(__file__).parents[2] / "docs/en/samplers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|`]+) \| `(\w+)`", text, re.MULTILINE)
+    assert rows == [(name, row.title, row.scheduler) for name, row in names.SAMPLERS.items()]
+    schedules = re.findall(r"^\| `(\w+)` \| (–|(?:`\w+`(?:, )?)+) \|", text, re.MULTILINE)
+    assert sorted(name for name, _ in schedules) == sorted(names.list_schedules())
+    for name, aliases in schedules:
+        assert all(names.parse(f"euler_{alias}") == ("euler", name) for alias in re.findall(r"\w+", aliases.strip("–")))

@@ -369,17 +369,17 @@ class IPNDMDiscreteScheduler(LMSDiscreteScheduler):
 class RestartScheduler(HeunDiscreteScheduler):
     """Restart sampling (arXiv:2306.14878): Heun's method that, near the end, adds noise and goes down once more.
 
-    A quarter of the steps goes to each of ``restart_times`` ways from ``restart_sigma_max`` to ``restart_sigma_min``.
+    Of 20 steps or more, a quarter goes to each of ``restart_times`` ways from ``restart_sigma_max`` down again.
     """
 
     config_class = keys(HeunDiscreteScheduler.config_class, Restart, use_karras_sigmas=True)
 
     def place(self, steps: int) -> list[Point]:
         each, times = steps // 4, self.key("restart_times")
-        down = super().place(steps - each * times if each > 1 else steps)
+        down = super().place(steps - each * times if each >= 5 else steps)
         low = min(range(len(down)), key=lambda i: abs(down[i].sigma - self.key("restart_sigma_min")))
         again = spacing.karras(each + 1, down[low].sigma, self.key("restart_sigma_max"))[:-1]
-        if each < 2 or low == 0 or again[0] <= down[low].sigma:
+        if each < 5 or low == 0 or again[0] <= down[low].sigma:
             return down
         first, *rest = map(self.point_of, again.tolist())
         loop = [dataclasses.replace(first, arrival=down[low]), *rest]

@@ -45,19 +45,28 @@ class Scheduler(Timetable):
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
         self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0])
-        self.begin_index: int | None = None
         self._plan: Schedule | None = None
         self._told: list[float] = []
         self._forget()
 
     def _forget(self) -> None:
-        self.begin_index = None
+        self.begin_index: int | None = None
         self.step_index: int | None = None
         self._run: Run | None = None
         self._options: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    @property
+    def betas(self) -> Tensor:
+        """[T] float32."""
+        return self.table.betas
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """[T] float32: 1 / (1 + sigma²)."""
+        return self.table.alphas_cumprod
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:

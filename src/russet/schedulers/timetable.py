@@ -222,11 +222,10 @@ def thresholded(ratio: float, most: float) -> Callable[[Tensor], Tensor]:
     """Dynamic thresholding (arXiv:2205.11487, section 2.3): each image scaled so that its ``ratio`` quantile fits."""
 
     def limit(x0: Tensor) -> Tensor:
-        ordered = x0.abs().flatten(1).sort(dim=1).values  # torch.quantile is not there on every device
+        ordered = x0.abs().flatten(1).sort(dim=1).values  # not every torch has quantile and lerp on mps
         place = ratio * (ordered.shape[1] - 1)
         low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
-        s = torch.lerp(low, high, place - math.floor(place)).clamp(1, most)
-        s = s.view(-1, *[1] * (x0.dim() - 1))
+        s = (low + (high - low) * (place - math.floor(place))).clamp(1, most).view(-1, *[1] * (x0.dim() - 1))
         return torch.maximum(torch.minimum(x0, s), -s) / s
 
     return limit
