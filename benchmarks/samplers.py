@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from russet.schedulers import exponential, names, spacing
+from russet.schedulers import exponential, multistep, names, spacing
 from russet.schedulers.brownian import Noise
 from russet.schedulers.noise import Point
 from russet.schedulers.scheduler import Scheduler
@@ -94,7 +94,7 @@ def exact(noise: Tensor, high: float, low: float = 1e-3) -> Tensor:
     *points, end = (Point(0.0, float(sigma)) for sigma in spacing.polyexponential(601, low, high))
     method, orders = exponential.Exponential(exact=True), [1, 2, 3] * 200
     x = high * noise.double()
-    steps = exponential.dpm_singlestep(x, points, end, Noise(lambda: x), method, orders)
+    steps = multistep.dpm_singlestep(x, points, end, Noise(lambda: x), method, orders)
     try:
         x, point = next(steps)
         while True:

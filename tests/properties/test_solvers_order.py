@@ -16,7 +16,7 @@ from torch import Tensor
 
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.brownian import Noise
-from russet.schedulers.exponential import Exponential, dpm_singlestep
+from russet.schedulers.exponential import Exponential
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Solver
 
@@ -58,7 +58,7 @@ def multi(order: int, **method: bool) -> Solver:
 
 def single(order: int, steps: int, **method: bool) -> Solver:
     orders = [*range(1, order + 1)] * (steps // order)
-    return functools.partial(dpm_singlestep, method=Exponential(**method), orders=orders)
+    return functools.partial(multistep.dpm_singlestep, method=Exponential(**method), orders=orders)
 
 
 def uni(order: int, **method: bool) -> Solver:

@@ -173,7 +173,7 @@ def test_deterministic_samplers_draw_no_noise_and_the_others_do() -> None:
     drawn = {}
     for cls in ALL:
         noise = Counted()
-        finish(make(cls).schedule(8).run(normal(1), noise))
+        finish(make(cls).schedule(20).run(normal(1), noise))
         drawn[cls.__name__] = noise.draws
     stochastic = {name for name, draws in drawn.items() if draws}
     assert stochastic == {

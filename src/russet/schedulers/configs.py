@@ -169,8 +169,11 @@ class ZeroSNR(Trained):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distilled(Trained):
-    """The steps that a model was distilled for (arXiv:2310.04378)."""
+    """The noise of Stable Diffusion, and the steps that the model was distilled for (arXiv:2310.04378)."""
 
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
 
@@ -243,7 +246,30 @@ class DPMSolver(HighOrder):
         self.require(number, f"lambda_min_clipped must be a number below infinity, not {least!r}")
 
 
-def keys(*parts: type[SchedulerConfig], narrowed: Narrowed | None = None, **own: Any) -> type[SchedulerConfig]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DEIS(HighOrder):
+    """DEIS knows one form of itself; the keys are there for the sake of the other solvers' configs."""
+
+    algorithm_type: str = "deis"
+    solver_type: str = "logrho"
+
+    narrowed: ClassVar[Narrowed] = {"algorithm_type": ("deis",), "solver_type": ("logrho",)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniPC(HighOrder):
+    """UniPC's own keys."""
+
+    predict_x0: bool = True
+    solver_type: str = "bh2"
+    disable_corrector: tuple[int, ...] = ()
+    solver_p: None = None
+    shift_terminal: None = None
+
+    narrowed: ClassVar[Narrowed] = {"solver_type": ("bh1", "bh2")}
+
+
+def keys(*parts: type[SchedulerConfig], **own: Any) -> type[SchedulerConfig]:
     """A config class out of parts. own: its further keys with their defaults, or other defaults for those of the parts.
 
     A further key has the type of its default; ``(type, default)`` says another one.
@@ -253,7 +279,4 @@ def keys(*parts: type[SchedulerConfig], narrowed: Narrowed | None = None, **own:
     for name, value in own.items():
         kind, default = value if isinstance(value, tuple) else (known.get(name, type(value)), value)
         fields.append((name, kind, dataclasses.field(default=default)))
-    space = {"narrowed": narrowed} if narrowed else {}
-    return dataclasses.make_dataclass(
-        "SchedulerConfig", fields, bases=parts, namespace=space, frozen=True, kw_only=True
-    )
+    return dataclasses.make_dataclass("SchedulerConfig", fields, bases=parts, frozen=True, kw_only=True)

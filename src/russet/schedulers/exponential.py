@@ -23,7 +23,6 @@ from torch import Tensor
 
 from russet.schedulers.brownian import Noise
 from russet.schedulers.noise import Point
-from russet.schedulers.solvers import Steps, pairs
 
 
 def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
@@ -124,23 +123,3 @@ def uni_weights(at: Sequence[float], z: float, scale: float) -> list[float]:
         factorial *= n + 1
         term = term / z - 1 / factorial
     return quadrature(at, moments)
-
-
-def dpm_singlestep(
-    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, method: Exponential, orders: Sequence[int]
-) -> Steps:
-    """DPM-Solver and DPM-Solver++ in groups of one to three points that start afresh (arXiv:2206.00927).
-
-    orders: one number for each point; a group is 1, 2, 3, and each of its steps starts where the group does.
-    """
-    start, values, past = x, list[Tensor](), list[Point]()
-    for order, (a, b) in zip(orders[-len(points) :], pairs(points, end), strict=True):
-        x, x0 = yield x, a
-        if order == 1 or not past:
-            start, values, past = x, [], []
-        values, past = [*values, method.value(x, x0, a)], [*past, a]
-        if len(values) == 3 and not method.exact:  # the third order of "midpoint" leaves the middle value out
-            x = method.step(start, values[::2], past[::2], b, noise, exact=True) if b.sigma > 0 else x0
-        else:
-            x = method.step(start, values, past, b, noise) if b.sigma > 0 else x0
-    return x

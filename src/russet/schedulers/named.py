@@ -16,27 +16,29 @@ import numpy as np
 from russet.errors import InputError
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.configs import (
+    DEIS,
     Churn,
     Clipping,
     Distilled,
     DPMSolver,
-    HighOrder,
     Restart,
     SchedulerConfig,
     SigmaChoice,
     SigmaRange,
     Spaced,
     Thresholding,
+    UniPC,
     ZeroSNR,
     keys,
 )
-from russet.schedulers.exponential import Exponential, dpm_singlestep
+from russet.schedulers.exponential import Exponential
 from russet.schedulers.noise import ALMOST_PURE_NOISE, CosineTable, Point, Table
 from russet.schedulers.schedule import Border, Schedule
 from russet.schedulers.scheduler import Scheduler
 from russet.schedulers.solvers import Solver
 
 Limited = keys(Spaced, Clipping, Thresholding, ZeroSNR, timestep_spacing="leading")
+KDiffusion = keys(Spaced, SigmaChoice, beta_start=0.00085, beta_end=0.012)
 SHORT = 15  # steps; in runs of fewer, the solvers of DPM-Solver's kind lower their order towards the end
 
 
@@ -128,7 +130,7 @@ class LMSDiscreteScheduler(VarianceExploding):
 class HeunDiscreteScheduler(VarianceExploding):
     """Heun's method (arXiv:2206.00364, algorithm 1)."""
 
-    config_class = keys(Spaced, SigmaChoice, Clipping, clip_sample=False, beta_start=0.00085, beta_end=0.012)
+    config_class = keys(KDiffusion, Clipping, clip_sample=False)
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -138,7 +140,7 @@ class HeunDiscreteScheduler(VarianceExploding):
 class KDPM2DiscreteScheduler(VarianceExploding):
     """DPM-Solver-2 (arXiv:2206.00927) as k-diffusion has it: "DPM2"."""
 
-    config_class = keys(Spaced, SigmaChoice, beta_start=0.00085, beta_end=0.012)
+    config_class = keys(KDiffusion)
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -158,13 +160,7 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 class DPMSolverSDEScheduler(VarianceExploding):
     """DPM-Solver++ (SDE) with noise from a Brownian path: "DPM++ SDE". One path per image; see ``brownian.py``."""
 
-    config_class = keys(
-        Spaced,
-        SigmaChoice,
-        beta_start=0.00085,
-        beta_end=0.012,
-        noise_sampler_seed=(int | tuple[int, ...] | None, None),
-    )
+    config_class = keys(KDiffusion, noise_sampler_seed=(int | tuple[int, ...] | None, None))
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -200,7 +196,7 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
     takes_variance_noise = False
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(dpm_singlestep, method=self.method(), orders=self.orders(steps))
+        return functools.partial(multistep.dpm_singlestep, method=self.method(), orders=self.orders(steps))
 
     def orders(self, steps: int) -> list[int]:
         """Groups 1, 2, … order; with ``lower_order_final``, or where the steps do not fit, the last one is shorter."""
@@ -217,13 +213,7 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
 class DEISMultistepScheduler(DPMSolverMultistepScheduler):
     """DEIS (arXiv:2204.13902), its log-rho form."""
 
-    config_class = keys(
-        Spaced,
-        HighOrder,
-        narrowed={"algorithm_type": ("deis",), "solver_type": ("logrho",)},
-        algorithm_type="deis",
-        solver_type="logrho",
-    )
+    config_class = keys(Spaced, DEIS)
     takes_variance_noise = False
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -236,18 +226,7 @@ class DEISMultistepScheduler(DPMSolverMultistepScheduler):
 class UniPCMultistepScheduler(Scheduler):
     """UniPC (arXiv:2302.04867) of the orders 1 to 3, a predictor with a corrector."""
 
-    config_class = keys(
-        Spaced,
-        ZeroSNR,
-        HighOrder,
-        SigmaRange,
-        narrowed={"solver_type": ("bh1", "bh2")},
-        predict_x0=True,
-        solver_type="bh2",
-        disable_corrector=(tuple[int, ...], ()),
-        solver_p=None,
-        shift_terminal=None,
-    )
+    config_class = keys(Spaced, ZeroSNR, SigmaRange, UniPC)
     spare = 1
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -284,15 +263,7 @@ class IPNDMScheduler(Scheduler):
 class LCMScheduler(Scheduler):
     """Latent consistency models (arXiv:2310.04378). The steps are those of the distillation, whatever the spacing."""
 
-    config_class = keys(
-        Limited,
-        Distilled,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+    config_class = keys(Distilled, Limited, clip_sample=False, set_alpha_to_one=True)
     zero_snr = ALMOST_PURE_NOISE
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -350,7 +321,7 @@ class EulerChurnScheduler(EulerDiscreteScheduler):
 class DPMSolverSinglestepAncestralScheduler(VarianceExploding):
     """DPM-Solver++(2S) with ancestral noise: k-diffusion's "DPM++ 2S a"."""
 
-    config_class = keys(KDPM2DiscreteScheduler.config_class)
+    config_class = keys(KDiffusion)
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:

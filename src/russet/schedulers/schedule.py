@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -66,16 +67,14 @@ class Schedule:
     @functools.cached_property
     def calls(self) -> tuple[Point, ...]:
         """Where the model is evaluated, call by call: a dry run of the solver on plain numbers."""
-        silent = cast(Any, _Silent())
-        steps = self.solver(cast(Any, 0.0), self.points, self.end, silent)
-        found = []
-        try:
+        zero: Any = 0.0
+        steps, found = self.solver(zero, self.points, self.end, cast(Noise, _Silent())), []
+        with contextlib.suppress(StopIteration):
             _, point = next(steps)
             while True:
                 found.append(point)
-                _, point = steps.send((cast(Any, 0.0), cast(Any, 0.0)))
-        except StopIteration:
-            return tuple(found)
+                _, point = steps.send((zero, zero))
+        return tuple(found)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
