@@ -18,13 +18,14 @@ LIGHT = {"errors"}
 FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
-EVERYTHING = CONFIGURED | PARTS | {"attention", "images", "metadata", "devices", "checkpoints"}
+EVERYTHING = CONFIGURED | PARTS | {"arguments", "attention", "images", "metadata", "devices", "checkpoints"}
 ALLOWED = {
     "__init__": EVERYTHING | {"pipelines"},
     "errors": set(),
     "smallfiles": LIGHT,
     "config": LIGHT,
     "component": LIGHT | {"config"},
+    "arguments": LIGHT,
     "attention": LIGHT,
     "images": FILES,
     "metadata": LIGHT,
@@ -32,7 +33,7 @@ ALLOWED = {
     "tokenizer": CONFIGURED | {"tokenizer_files"},
     "image_processor": CONFIGURED,
     "models": CONFIGURED | {"attention"},
-    "schedulers": CONFIGURED,
+    "schedulers": CONFIGURED | {"arguments"},
     "devices": LIGHT,
     "checkpoints": CONFIGURED | PARTS,
     "pipelines": EVERYTHING,

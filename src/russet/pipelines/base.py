@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
+from russet import arguments
 from russet.checkpoints import load, save
 from russet.checkpoints.draft import Draft
 from russet.devices.facts import best_device, read_facts
 from russet.devices.memory import Sizes
 from russet.devices.plan import Plan, Request, plan
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
-from russet.pipelines import arguments, placement
+from russet.pipelines import placement
 from russet.pipelines.single_files import SingleFiles
 from russet.pipelines.switches import Switches
 

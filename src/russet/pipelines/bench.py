@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from russet import arguments
 from russet.devices.decisions import gigabytes
 from russet.devices.facts import Facts, read_facts
-from russet.pipelines import arguments
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 COLUMNS = ("machine", "memory", "torch", "precision", "picture", "seconds a step", "seconds a picture", "peak memory")

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from russet import arguments
 from russet.errors import ArgumentTypeError, InputError
-from russet.pipelines import arguments
 from russet.pipelines.guidance import Guidance
 from russet.pipelines.start import generators_of
 
@@ -212,17 +212,7 @@ def read_noise(given: dict[str, Any], images: int) -> tuple[tuple[int, ...] | No
     if seed is not None:
         seeds = read_seeds(seed, images)
         return seeds, generators_of(seeds)
-    if generator is None or isinstance(generator, Generator):
-        return None, () if generator is None else (generator,)
-    if not isinstance(generator, (list, tuple)) or not all(isinstance(one, Generator) for one in generator):
-        raise ArgumentTypeError(
-            f"generator must be a torch.Generator or a list of them, not {arguments.shown(generator)}"
-        )
-    if len(generator) != images:
-        raise InputError(
-            f"generator is a list of {len(generator)}, but the call makes {images} pictures; give one for each"
-        )
-    return None, tuple(generator)
+    return None, arguments.generators(generator, images)
 
 
 def read_seeds(seed: Any, images: int) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from russet import arguments
 from russet.devices.plan import Plan
 from russet.errors import ArgumentTypeError
-from russet.pipelines import arguments, engine, rescue
+from russet.pipelines import engine, rescue
 from russet.pipelines.guidance import Conditioning, predictor
 from russet.pipelines.request import CALLBACK_TENSORS, TextToImage
 from russet.pipelines.start import NoiseSource

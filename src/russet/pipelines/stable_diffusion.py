@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from russet import arguments
 from russet.devices.plan import Plan
 from russet.devices.sizes import Sizes
 from russet.errors import ConfigError, InputError
@@ -18,7 +19,7 @@ from russet.models.clip_text import CLIPTextModel
 from russet.models.safety_checker import StableDiffusionSafetyChecker
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.pipelines import arguments, engine, placement, rescue, safety
+from russet.pipelines import engine, placement, rescue, safety
 from russet.pipelines import prompt as prompts
 from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.clock import Clock

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from russet.schedulers.brownian import draw
+
 
 @dataclass(frozen=True)
 class NoiseSource:
@@ -25,10 +27,7 @@ class NoiseSource:
 
     def __call__(self) -> Tensor:
         """[B, C, h, w] of standard normal noise, float32, on the device."""
-        if len(self.generators) <= 1:
-            return self.draw(self.shape, self.generators[0] if self.generators else None)
-        one = (1, *self.shape[1:])
-        return torch.cat([self.draw(one, generator) for generator in self.generators])
+        return draw(self.shape, self.generators, self.device)
 
     def state(self) -> list[Tensor]:
         """Where each stream stands, for ``restore``."""
@@ -42,10 +41,6 @@ class NoiseSource:
     @property
     def streams(self) -> tuple[Generator, ...]:
         return self.generators or (torch.default_generator,)
-
-    def draw(self, shape: Sequence[int], generator: Generator | None) -> Tensor:
-        where = generator.device if generator is not None else torch.device("cpu")
-        return torch.randn(tuple(shape), generator=generator, device=where, dtype=torch.float32).to(self.device)
 
 
 def generators_of(seeds: Sequence[int]) -> tuple[Generator, ...]:

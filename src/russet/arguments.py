@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
 
@@ -73,12 +74,21 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def numbers_list(name: str, value: Any) -> list[float]:
-    """A sequence (list, array or tensor of one dimension) of finite numbers, as a list."""
+    """A sequence (list, array or tensor of one dimension) of finite numbers, at least one, as a list."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ArgumentTypeError(f"{name} must be a list of numbers, not {shown(value)}")
+    if not value:
+        raise InputError(f"{name} is empty: give at least one number")
     return [number(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def falling(name: str, values: Sequence[float]) -> None:
+    """Raises InputError unless each value is lower than the one before."""
+    for before, after in itertools.pairwise(values):
+        if after >= before:
+            raise InputError(f"{name} must fall from step to step; {after:g} comes after {before:g}")
 
 
 def tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
@@ -93,6 +103,28 @@ def tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
     if not bool(torch.isfinite(value).all()):
         raise InputError(f"{name} holds values that are not finite (NaN or infinity)")
     return value
+
+
+def batch(name: str, value: Any, like: Tensor | None = None) -> Tensor:
+    """A floating-point tensor with a batch dimension, of the shape of ``like``. Its values are not looked at."""
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"{name} must be a tensor, not {shown(value)}")
+    if not value.is_floating_point() or value.dim() < 2:
+        raise InputError(f"{name} must be floating-point numbers [B, …], not {list(value.shape)} {value.dtype}")
+    if like is not None and value.shape != like.shape:
+        raise InputError(f"{name} is {list(value.shape)}, but the sample is {list(like.shape)}")
+    return value
+
+
+def generators(value: Any, images: int) -> tuple[Generator, ...]:
+    """None, one generator for the batch, or a list with one for each image, as a tuple."""
+    if value is None or isinstance(value, Generator):
+        return () if value is None else (value,)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, Generator) for one in value):
+        raise ArgumentTypeError(f"generator must be a torch.Generator or a list of them, not {shown(value)}")
+    if len(value) != images:
+        raise InputError(f"generator is a list of {len(value)} for a batch of {images}: give one for each picture")
+    return tuple(value)
 
 
 def refuse_unknown(given: Mapping[str, Any], known_elsewhere: Mapping[str, str], where: str) -> None:
