@@ -1,0 +1,100 @@
+"""What the tables say, in the languages of the pages."""
+
+from __future__ import annotations
+
+from .contestants import CONTESTANTS
+
+WORDS: dict[str, dict[str, str]] = {
+    "en": {
+        "machine": "Measured on",
+        "cores": "cores",
+        "rates": "The machine itself reaches {flops:.3g} TFLOP/s in a matrix product and {bytes:.3g} TB/s in a copy "
+        "(bytes read and written).",
+        "floor": "One picture of {steps} steps is {tera:.3g} TFLOP, which at that rate takes {seconds:.3g} s: no way "
+        "of computing all of it is faster.",
+        "not run": "Not run",
+        "contestant": "",
+        "at once": "**{batch} in a call**, seconds a picture:",
+        "seconds a picture": "median s",
+        "seconds": "median s (min–max)",
+        "spread": "min–max s",
+        "to diffusers": "to Diffusers",
+        "processor": "processor s",
+        "peak": "peak GiB",
+        "reserved": "reserved GiB",
+        "starts": "**Starting**, in seconds:",
+        "load": "load",
+        "first picture": "first picture",
+        "cached first": "first picture, kernels cached",
+        "start to disk": "program's start to picture on disk",
+        "quality": "**Likeness**, in dB of the pictures' own range of values:",
+        "to reference": "to the plain path in float32",
+        "to plain": "to the plain path in half precision",
+        "unet": "**One guided UNet call**:",
+        "fresh picture": "**A whole picture**, in a process of its own:",
+        "side": "picture",
+        "batch": "pictures",
+        "step": "s a step",
+        "whole call": "s a call",
+        "growth side": "**Growth with the size** (one picture, calls of {steps} steps):",
+        "growth batch": "**Growth with the number of pictures** (calls of {steps} steps):",
+        "failed": "does not fit",
+        "time-by-side": "Seconds a step against pixels",
+        "memory-by-side": "Peak memory against pixels",
+        "time-by-batch": "Seconds a step against pictures in a call",
+        "memory-by-batch": "Peak memory against pictures in a call",
+    },
+    "ko": {
+        "machine": "측정한 기계",
+        "cores": "코어",
+        "rates": "이 기계 자체의 속도는 행렬 곱 {flops:.3g} TFLOP/s, 복사 {bytes:.3g} TB/s(읽고 쓴 바이트)입니다.",
+        "floor": "{steps}스텝 그림 한 장은 {tera:.3g} TFLOP이고, 이 속도로 {seconds:.3g}초가 걸립니다. "
+        "모두 계산하는 한 이보다 빠를 수 없습니다.",
+        "not run": "실행하지 않음",
+        "contestant": "",
+        "at once": "**한 번에 {batch}장**, 한 장당 초:",
+        "seconds a picture": "중앙값(초)",
+        "seconds": "중앙값(최소–최대), 초",
+        "spread": "최소–최대(초)",
+        "to diffusers": "Diffusers 대비",
+        "processor": "프로세서 초",
+        "peak": "최대 GiB",
+        "reserved": "확보 GiB",
+        "starts": "**시작**, 초:",
+        "load": "읽기",
+        "first picture": "첫 그림",
+        "cached first": "첫 그림(커널 캐시 있음)",
+        "start to disk": "프로그램 시작부터 디스크의 그림까지",
+        "quality": "**닮은 정도**, 그림 자신의 값 범위에 대한 dB:",
+        "to reference": "float32 기본 경로와",
+        "to plain": "반정밀도 기본 경로와",
+        "unet": "**가이던스를 쓴 UNet 호출 한 번**:",
+        "fresh picture": "**그림 한 장 전체**, 각자 새 프로세스에서:",
+        "side": "그림",
+        "batch": "장수",
+        "step": "스텝당 초",
+        "whole call": "호출당 초",
+        "growth side": "**크기에 따른 증가**(한 장, {steps}스텝 호출):",
+        "growth batch": "**장수에 따른 증가**({steps}스텝 호출):",
+        "failed": "들어가지 않음",
+        "time-by-side": "픽셀 수에 따른 스텝당 시간",
+        "memory-by-side": "픽셀 수에 따른 최대 메모리",
+        "time-by-batch": "한 번에 그리는 장수에 따른 스텝당 시간",
+        "memory-by-batch": "한 번에 그리는 장수에 따른 최대 메모리",
+    },
+}
+
+LABELS_KO = {
+    "diffusers": "Diffusers 기본",
+    "diffusers-last": "Diffusers, channels-last",
+    "diffusers-best": "Diffusers, 컴파일",
+    "russet": "Russet 기본",
+    "russet-float32": "Russet, float32",
+    "russet-best": "Russet, 가장 빠른 방식",
+    "russet-plain": "Russet, 기본 경로",
+    "reference": "Russet, 기본 경로, float32",
+}
+
+
+def label(contestant: str, language: str) -> str:
+    return LABELS_KO[contestant] if language == "ko" else CONTESTANTS[contestant].label
