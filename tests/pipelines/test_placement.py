@@ -66,6 +66,22 @@ def test_a_freed_text_encoder_leaves_the_others_in_place(own: Any, monkeypatch: 
     }
 
 
+def test_a_frugal_call_and_a_roomy_one_may_follow_each_other(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = own("a horse", **FAST).images
+    decide = own.plan
+    frugal = {"offload": "model", "idle_weights": "dropped"}
+    for changes in ({"text_encoder": "freed", "idle_weights": "dropped"}, frugal, {}, frugal, {}):
+        monkeypatch.setattr(own, "plan", lambda changes=changes, **sizes: replanned(decide(**sizes), **changes))
+        away = {name for name in ("unet", "vae") if "offload" in changes}
+        seen = []
+        hook = own.text_encoder.register_forward_pre_hook(
+            lambda *_: seen.append({name for name, at in weights_of(own).items() if at.type == "meta"})  # noqa: B023
+        )
+        assert np.array_equal(before, own("a horse", **FAST).images)
+        hook.remove()
+        assert seen[0] == away, "what does not work yet is out of the way from the start"
+
+
 def test_a_pipeline_whose_weights_were_dropped_saves_whole(own: Any, tmp_path: Path) -> None:
     before = own("a horse", **FAST).images
     own.unet.to("meta")
@@ -167,7 +183,7 @@ def test_a_first_pass_that_is_unlike_the_others_is_made_once_and_discarded(
 
 def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(read_facts("cpu"), memory=10**5, available=10**5, ram=10**5, held=0)
-    monkeypatch.setattr("russet.pipelines.base.read_facts", lambda device=None: small)
+    monkeypatch.setattr("russet.pipelines.base.read_facts", lambda device=None, weights=0: small)
     pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     assert pipe.unet.dtype == torch.float32
     with pytest.raises(DoesNotFit):

@@ -171,8 +171,11 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def read_facts(device: str | torch.device | None = None) -> Facts:
+def read_facts(device: str | torch.device | None = None, *, weights: int = 0) -> Facts:
     """The facts of this machine for a device (``"mps"``, ``"cuda:1"``, …); by default the best one that it has.
+
+    ``weights`` are bytes on the device that the work itself holds already; on a GPU with memory of its own, whatever
+    else this process has there is in the way like any other program's.
 
     Raises:
         InputError: a device of another kind.
@@ -186,7 +189,7 @@ def read_facts(device: str | torch.device | None = None) -> Facts:
     if kind == "mps":
         return mps_facts(common)
     if kind == "cuda":
-        return cuda_facts(common, int(index) if index.isdigit() else 0)
+        return cuda_facts(common, int(index) if index.isdigit() else 0, weights)
     raise InputError(f"Russet runs on 'mps', 'cuda' and 'cpu', not on {name!r}")
 
 
@@ -251,7 +254,7 @@ def why_no_mps(common: dict[str, Any]) -> str:
     return "this macOS is too old for this PyTorch, or no GPU is visible; run `russet doctor`"
 
 
-def cuda_facts(common: dict[str, Any], index: int) -> Facts:
+def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
     """An NVIDIA (or, through ROCm, AMD) GPU; raises DeviceError where there is none of that number."""
     import torch
 
@@ -263,7 +266,7 @@ def cuda_facts(common: dict[str, Any], index: int) -> Facts:
     return Facts(
         device="cuda",
         chip=card.name,
-        held=torch.cuda.memory_reserved(index),
+        held=weights + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index),  # and freed, but cached
         capability=(card.major, card.minor),
         bf16=card.major >= 8,
         **{**common, "memory": total, "available": free, "cores": card.multi_processor_count},

@@ -266,7 +266,13 @@ class DiffusionPipeline(SingleFiles, Switches):
             DoesNotFit: the work needs more memory than there is; the error names the largest size that would fit.
         """
         sizes = self.sizes(height, width, num_images, guided=guidance_scale > 1)
-        return plan(read_facts(self._device), sizes, self._request())
+        return plan(read_facts(self._device, weights=self._weights_there()), sizes, self._request())
+
+    def _weights_there(self) -> int:
+        """Bytes of weights that are on the pipeline's device now."""
+        device = self._device.type
+        weights = (weight for network in self.networks.values() for weight in network.parameters())
+        return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == device)
 
     def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
         """The numbers that a plan is made from; each pipeline knows how its components hang together."""
@@ -290,6 +296,17 @@ class DiffusionPipeline(SingleFiles, Switches):
         for name, network in self.networks.items():
             home = placement.home(name, plan, self._device)
             placement.settle(name, network, plan, home, self._drafts.get(network))
+
+    def _replace(self, plan: Plan) -> None:
+        """Moves those networks that the plan of a call wants elsewhere than the call before left them.
+
+        Those that have to go leave before others arrive: there may not be room for all of them.
+        """
+        homes = {name: placement.home(name, plan, self._device) for name in self.networks}
+        moving = [name for name, network in self.networks.items() if not placement.is_at(network, homes[name])]
+        for name in sorted(moving, key=lambda name: homes[name] == self._device):
+            network = self.networks[name]
+            placement.settle(name, network, plan, homes[name], self._drafts.get(network))
 
     def at_work(self, component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
         """Has a network ready to work while the block lasts: ``with pipe.at_work("unet", plan): …``."""

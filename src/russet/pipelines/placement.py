@@ -108,6 +108,12 @@ def home(component: str, plan: Plan, device: torch.device) -> torch.device:
     return device
 
 
+def is_at(network: nn.Module, place: torch.device) -> bool:
+    """Whether a network's weights are at a place; "cuda" is whichever GPU they are on."""
+    at = next(network.parameters()).device
+    return at.type == place.type and place.index in (None, at.index)
+
+
 def settle(component: str, network: nn.Module, plan: Plan, device: torch.device, draft: Draft | None) -> None:
     """Puts a network on a device in the plan's precision and layout, its weights read again if they were dropped."""
     dtype = dtype_named(plan.dtype(component))

@@ -174,6 +174,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         plan = self.plan(
             height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
         )
+        self._replace(plan)
         placement.carry_out(plan, self.networks)
         notes = size_notes(request, plan)
         clock = Clock()
