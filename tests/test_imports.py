@@ -18,7 +18,9 @@ LIGHT = {"errors"}
 FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
-EVERYTHING = CONFIGURED | PARTS | {"arguments", "attention", "images", "metadata", "devices", "checkpoints"}
+STEPS = {"elementwise", "elementwise_triton"}
+OTHERS = {"arguments", "attention", "images", "metadata", "devices", "checkpoints"}
+EVERYTHING = CONFIGURED | PARTS | STEPS | OTHERS
 ALLOWED = {
     "__init__": EVERYTHING | {"pipelines"},
     "errors": set(),
@@ -27,12 +29,14 @@ ALLOWED = {
     "component": LIGHT | {"config"},
     "arguments": LIGHT,
     "attention": LIGHT,
+    "elementwise": LIGHT,
+    "elementwise_triton": LIGHT | {"elementwise"},
     "images": FILES,
     "metadata": LIGHT,
     "tokenizer_files": FILES,
     "tokenizer": CONFIGURED | {"tokenizer_files"},
     "image_processor": CONFIGURED,
-    "models": CONFIGURED | {"attention"},
+    "models": CONFIGURED | {"attention", "elementwise"},
     "schedulers": CONFIGURED | {"arguments"},
     "devices": LIGHT,
     "checkpoints": CONFIGURED | PARTS,

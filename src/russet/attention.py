@@ -168,10 +168,15 @@ class padded:
             _require_positive(self, dims=dim)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        largest = max(q.shape[-1], v.shape[-1])
-        room = next((dim for dim in self.dims if dim >= largest), largest)
-        q, k, wide = (F.pad(x, (0, room - x.shape[-1])) if x.shape[-1] < room else x for x in (q, k, v))
+        largest = max(q.shape[-1], k.shape[-1], v.shape[-1])
+        q, k, wide = (self.widen(x, largest) for x in (q, k, v))
         return self.inner(q, k, wide, scale, mask)[..., : v.shape[-1]]
+
+    def widen(self, x: Tensor, least: int = 0) -> Tensor:
+        """``x`` [..., D] zero-padded to the size that holds it and ``least`` features."""
+        largest = max(x.shape[-1], least)
+        room = next((dim for dim in self.dims if dim >= largest), largest)
+        return F.pad(x, (0, room - x.shape[-1])) if x.shape[-1] < room else x
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,11 @@ class contiguous:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         return self.inner(q.contiguous(), k.contiguous(), v.contiguous(), scale, mask)
+
+
+def widened(attention: Attention, x: Tensor) -> Tensor:
+    """``x`` [..., D] with its features zero-padded if ``attention`` would pad them: once instead of in every call."""
+    return attention.widen(x) if isinstance(attention, padded) else x
 
 
 def _spread(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from russet.devices.choices import AttentionChoice
+from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 
-TEXT = 77  # tokens of a prompt
 FUSED = AttentionChoice()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from russet.devices.activations import TEXT, Attended
+from russet.devices.activations import Attended
+from russet.devices.choices import TEXT
 from russet.devices.decisions import Decisions
 from russet.devices.sizes import Sizes
 

@@ -26,6 +26,10 @@ MEANING: Mapping[str, str] = {
     "causal_mask": "'float': the text encoder adds a float mask (0 and -inf); is_causal=True is never used",
     "group_norm": "'native', or 'composed' of plain operations: for every GroupNorm of UNet and VAE",
     "layer_norm": "'native', or 'float32': every LayerNorm's input and weights are cast to it, and its result back",
+    "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
+    "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
+    "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; or 'each call'",
+    "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
     "memory_format": "'channels_last' or 'contiguous': module.to(memory_format=…) of UNet and VAE, and of what enters",
     "non_blocking": "the argument of that name of every copy to the device",
     "micro_batch": "how many images the UNet sees in one call (with guidance it sees twice as many rows)",
@@ -85,6 +89,7 @@ class Tile:
         return f"{self.size * 8}×{self.size * 8} pixels, {self.overlap * 8} shared"
 
 
+TEXT = 77  # tokens of a prompt
 TILE = Tile(size=64, overlap=16)
 SMALL_TILE = Tile(size=32, overlap=8)
 
@@ -96,7 +101,8 @@ class Request:
     ``dtype`` is one name for all components, or a mapping of component to name. ``attention_slicing`` is what
     ``enable_attention_slicing`` takes: ``"auto"`` (half of the heads at a time), ``"max"`` (one at a time), or a number
     of heads; ``"off"`` is ``disable_attention_slicing``: the whole score matrix, where the plan would have split it.
-    ``vae_tiling`` True is in tiles, False never; ``vae_slicing`` True is one image at a time. ``offload`` is
+    ``vae_tiling`` True is in tiles, False never; ``vae_slicing`` True is one image at a time. ``fast_paths``
+    False is PyTorch's own operations and nothing else. ``offload`` is
     ``"model"``, ``"sequential"`` or ``"off"``. ``rereadable`` is no wish but a fact: whether the pipeline can drop
     weights and read them from their checkpoint again, the one way to free memory that CPU and device share.
 
@@ -112,6 +118,7 @@ class Request:
     text_encoder: str | None = None
     micro_batch: int | None = None
     memory_format: str | None = None
+    fast_paths: bool | None = None
     rereadable: bool = False
     user: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -123,7 +130,7 @@ class Request:
         }.items():
             if getattr(self, name) not in (None, *options):
                 raise InputError(f"{name} must be one of {', '.join(options)}, not {getattr(self, name)!r}")
-        for name in ("vae_tiling", "vae_slicing"):
+        for name in ("vae_tiling", "vae_slicing", "fast_paths"):
             if getattr(self, name) not in (None, True, False):
                 raise ArgumentTypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         check_count("micro_batch", self.micro_batch)
@@ -143,6 +150,8 @@ class Request:
             found["vae_tile"] = TILE if self.vae_tiling else None
         if self.vae_slicing:
             found["vae_batch"] = 1
+        if self.fast_paths is False:
+            found |= {"elementwise": "plain", "joined_products": False, "text_keys": "each call", "graphs": False}
         return found
 
     def _dtypes(self) -> dict[str, str]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -56,6 +57,7 @@ class Facts:
     cuda: Version = ()
     capability: Version = ()
     bf16: bool = False
+    triton: bool = False  # whether kernels can be compiled for the device
 
     @property
     def chip_family(self) -> str:
@@ -269,5 +271,6 @@ def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
         held=weights + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index),  # and freed, but cached
         capability=(card.major, card.minor),
         bf16=card.major >= 8,
+        triton=card.major >= 7 and torch.version.hip is None and importlib.util.find_spec("triton") is not None,
         **{**common, "memory": total, "available": free, "cores": card.multi_processor_count},
     )

@@ -12,6 +12,7 @@ from russet.devices.calls import attention_calls, largest_tensors
 from russet.devices.choices import SMALL_TILE, TILE, Request, Tile
 from russet.devices.decisions import Decision, Decisions, gigabytes, settled
 from russet.devices.facts import Facts
+from russet.devices.fast_paths import fast_paths
 from russet.devices.memory import Estimate, predict, resident
 from russet.devices.rules import dtype_decisions, idle_weights, machine_decisions
 from russet.devices.sizes import Sizes
@@ -114,6 +115,7 @@ def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: st
             *machine_decisions(facts, request),
         )
     )
+    found = found.and_also(fast_paths(facts, sizes, request, found))
     return found.and_also(attention_decisions(facts, sizes, request, found))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from russet.devices.activations import TEXT, Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
+from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.devices.calls import tile_latents, unet_rows
-from russet.devices.choices import AttentionChoice
+from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.decisions import Decisions
 from russet.devices.parameters import counts, largest_layers
 from russet.devices.sizes import Sizes, TransformerSizes, UNetSizes, VAESizes

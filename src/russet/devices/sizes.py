@@ -58,6 +58,13 @@ class UNetSizes:
             upcast=bool(config.get("upcast_attention")),
         )
 
+    @property
+    def attended(self) -> int:
+        """Features of the keys that all layers together make of one token of the text."""
+        middle = (self.middle or (), self.channels[-1])
+        blocks = [middle, *zip(self.down, self.channels, strict=True), *zip(self.up, self.channels, strict=True)]
+        return sum(width * sum(depth or 0 for depth in depths) for depths, width in blocks)
+
     def attends(self, level: int) -> bool:
         """Whether any transformer works at a level."""
         middle = self.middle if level == len(self.channels) - 1 else None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from russet.attention import Attention, fused
 from russet.component import Component
 from russet.config import Config
+from russet.elementwise import PLAIN, Elementwise
 from russet.errors import ArgumentTypeError
+from russet.models.together import Together
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -23,6 +29,14 @@ class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention: Attention = fused
+
+
+class Stepping(nn.Module):
+    """A module that computes its norms, activations and sums by ``steps``, which ``Model.set_elementwise`` replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: Elementwise = PLAIN
 
 
 class Model(nn.Module, Component):
@@ -53,3 +67,26 @@ class Model(nn.Module, Component):
         for module in self.modules():
             if isinstance(module, Attending):
                 module.attention = attention
+
+    def set_elementwise(self, steps: Elementwise) -> None:
+        """Makes every module beneath compute its norms, activations and sums by ``steps`` of ``russet.elementwise``."""
+        for module in self.modules():
+            if isinstance(module, Stepping):
+                module.steps = steps
+
+    def lay_together(self) -> None:
+        """Puts weights that are multiplied with one input side by side in memory, so that one product serves them all.
+
+        Parameters keep their names, shapes and values. Moving the network, or giving it other weights, undoes it.
+        """
+        for together in self._together():
+            together.lay()
+
+    def _together(self) -> Iterator[Together]:
+        for module in self.modules():
+            yield from (value for value in vars(module).values() if isinstance(value, Together))
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
+        for together in self._together():  # each weight is about to move on its own
+            together.part()
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]

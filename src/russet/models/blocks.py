@@ -6,8 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, cat, nn
 
-from russet.models.resnet import Downsample, Resnet, ResnetStyle, Upsample
-from russet.models.transformer import SpatialTransformer
+from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
+from russet.models.transformer import SpatialTransformer, Text
 from russet.models.unet_config import Level, UNetConfig
 
 
@@ -22,13 +22,13 @@ class DownBlock(nn.Module):
         self.attentions = attentions(level, config)
         self.downsamplers = nn.ModuleList([Downsample(level.channels, config.downsample_padding)] if downsample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> list[Tensor]:
-        """From a map [B, C, h, w], the activated time embedding and the text to all maps made from it, in order."""
+    def forward(self, x: Tensor, time: Time, text: Text) -> list[Tensor]:
+        """From a map [B, C, h, w], the time and the text to all maps made from it, in order."""
         maps = []
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = resnet(x, time)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, text)
             maps.append(x)
         maps.extend(downsample(x) for downsample in self.downsamplers)
         return maps
@@ -44,10 +44,10 @@ class MidBlock(nn.Module):
         count = len(self.attentions) + 1
         self.resnets = nn.ModuleList(Resnet(level.channels, level.channels, style) for _ in range(count))
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
-        x = self.resnets[0](x, emb)
+    def forward(self, x: Tensor, time: Time, text: Text) -> Tensor:
+        x = self.resnets[0](x, time)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, context), emb)
+            x = resnet(attention(x, text), time)
         return x
 
 
@@ -64,12 +64,12 @@ class UpBlock(nn.Module):
         self.attentions = attentions(level, config)
         self.upsamplers = nn.ModuleList([Upsample(level.channels)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, text: Text) -> Tensor:
         """Takes its maps from the end of ``skips``; what is left there gives the size to upsample to."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(cat([x, skips.pop()], dim=1), emb)
+            x = resnet(cat([x, skips.pop()], dim=1), time)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, text)
         for upsample in self.upsamplers:
             x = upsample(x, (skips[-1].shape[2], skips[-1].shape[3]))
         return x

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from russet.elementwise import convolution
 from russet.models.activations import ACTIVATIONS
+from russet.models.base import Stepping
+from russet.models.together import Together
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,27 @@ class ResnetStyle:
     divisor: float = 1.0
 
 
-class Resnet(nn.Module):
+class Time:
+    """The activated time embedding [B or 1, time], and what it adds to the channels of each residual block.
+
+    ``together`` computes that for all blocks at once.
+    """
+
+    def __init__(self, emb: Tensor, together: Together | None = None) -> None:
+        self.emb = emb
+        made = None if together is None else together.product(emb)
+        self._made: dict[nn.Linear, Tensor] = {}
+        if made is not None and together is not None:
+            parts = made.split(together.rows, dim=-1)  # type: ignore[no-untyped-call]
+            self._made = dict(zip(together.layers, parts, strict=True))
+
+    def through(self, layer: nn.Linear) -> Tensor:
+        """The embedding through one block's layer [B or 1, outputs]."""
+        made = self._made.get(layer)
+        return layer(self.emb) if made is None else made  # type: ignore[no-any-return]
+
+
+class Resnet(Stepping):
     """Residual block: norm, activation, convolution, twice, added to the input (arXiv:2006.11239, appendix B)."""
 
     def __init__(self, inputs: int, outputs: int, style: ResnetStyle) -> None:
@@ -48,23 +71,25 @@ class Resnet(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        """From [B, Cin, h, w] and the activated time embedding [B or 1, time] to [B, Cout, h, w]."""
+    def forward(self, x: Tensor, time: Time | None = None) -> Tensor:
+        """From [B, Cin, h, w] and the time to [B, Cout, h, w]."""
         # What is overwritten below is a convolution's or a norm's own output, which neither needs for its gradient.
-        h: Tensor = self.conv1(self.act(self.norm1(x)))
-        if self.time_emb_proj is None:
-            h = self.norm2(h)
-        elif self.scale_shift:
-            scale, shift = self.time_emb_proj(emb)[:, :, None, None].chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+        steps = self.steps
+        told = None if self.time_emb_proj is None or time is None else time.through(self.time_emb_proj)
+        h = steps.normed(x, self.norm1, self.act)
+        if self.scale_shift and told is not None:
+            h = steps.normed(convolution(steps, h, self.conv1), self.norm2)
+            scale, shift = told[:, :, None, None].chunk(2, dim=1)
+            h = self.act(h * (1 + scale) + shift)
         else:
-            h = self.norm2(h.add_(self.time_emb_proj(emb)[:, :, None, None]))
-        h = self.conv2(self.act(h))
-        h = h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+            h, rest = steps.convolved(h, self.conv1, told)
+            h = steps.normed(h, self.norm2, self.act, rest)
+        h, rest = steps.convolved(h, self.conv2)
+        h = steps.added(h, x if self.conv_shortcut is None else convolution(steps, x, self.conv_shortcut), rest)
         return h if self.divisor == 1 else h / self.divisor
 
 
-class Downsample(nn.Module):
+class Downsample(Stepping):
     """Halves the resolution with a strided convolution; with ``padding`` 0 one row and column are added at the end."""
 
     def __init__(self, channels: int, padding: int = 1) -> None:
@@ -74,10 +99,10 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)  # type: ignore[no-any-return]
+        return convolution(self.steps, x, self.conv)
 
 
-class Upsample(nn.Module):
+class Upsample(Stepping):
     """Doubles the resolution, or brings it to ``size`` [h, w], by repeating pixels and convolving."""
 
     def __init__(self, channels: int) -> None:
@@ -88,4 +113,4 @@ class Upsample(nn.Module):
         if x.numel() * 4 >= 2**31:
             x = x.contiguous()  # the CUDA kernel for channels-last counts with 32 bits (pytorch#141831)
         x = F.interpolate(x, size=size or (x.shape[2] * 2, x.shape[3] * 2), mode="nearest")
-        return self.conv(x)  # type: ignore[no-any-return]
+        return convolution(self.steps, x, self.conv)

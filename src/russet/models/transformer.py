@@ -5,10 +5,14 @@ Inside it a map [B, C, h, w] is a row of tokens [B, N = h·w, C]. For a channels
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.models.base import Attending
+from russet.attention import widened
+from russet.models.base import Attending, Stepping
+from russet.models.together import Together
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -22,8 +26,31 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.view(batch, *like.shape[2:], features).permute(0, 3, 1, 2)
 
 
+class Text:
+    """The encoded text [B, M, Dc], and the keys and values that each layer makes of it, computed once a prompt."""
+
+    def __init__(self, context: Tensor, readers: Iterable[MultiHeadAttention] = ()) -> None:
+        self.context = context
+        self._made = {reader: reader.keys_values(context) for reader in readers}
+
+    def keys_values(self, reader: MultiHeadAttention) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, M, D] for one layer."""
+        made = self._made.get(reader)
+        return reader.keys_values(self.context) if made is None else made
+
+    def tensors(self) -> list[Tensor]:
+        """The text and all that was made of it."""
+        return [self.context, *(tensor for pair in self._made.values() for tensor in pair)]
+
+    def of(self, tensors: Sequence[Tensor]) -> Text:
+        """The same for other tensors, in the order of ``tensors()``."""
+        text = Text(tensors[0])
+        text._made = dict(zip(self._made, zip(tensors[1::2], tensors[2::2], strict=True), strict=True))
+        return text
+
+
 class MultiHeadAttention(Attending):
-    """Attention of tokens [B, N, D] to themselves, or to ``context`` [B, M, Dc] (arXiv:1706.03762)."""
+    """Attention of tokens [B, N, D] to themselves, or to a text (arXiv:1706.03762)."""
 
     def __init__(self, dim: int, heads: int, context: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -33,18 +60,33 @@ class MultiHeadAttention(Attending):
         self.to_k = nn.Linear(context or dim, dim, bias=bias)
         self.to_v = nn.Linear(context or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.features = dim // heads
+        self.own = Together([self.to_q, self.to_k, self.to_v]) if context is None else None
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = self.attention(q, k, v, self.scale)
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
+        q, k, v = self._of_itself(x) if text is None else (self._heads(self.to_q(x)), *text.keys_values(self))
+        out = self.attention(q, k, v, self.scale)[..., : self.features]
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What a text [B, M, Dc] is attended by: keys and values [B, H, M, D], padded if attention pads them."""
+        keys, values = self._heads(self.to_k(context)), self._heads(self.to_v(context))
+        return widened(self.attention, keys), widened(self.attention, values)
 
-class GEGLU(nn.Module):
+    def _of_itself(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, N, D] of the tokens themselves."""
+        joined = None if self.own is None else self.own.product(x)
+        if joined is None:
+            return self._heads(self.to_q(x)), self._heads(self.to_k(x)), self._heads(self.to_v(x))
+        joined = joined.view(*joined.shape[:2], 3, self.heads, -1)
+        q, k, v = widened(self.attention, joined).transpose(1, 3).unbind(2)
+        return q, k, v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+class GEGLU(Stepping):
     """A linear layer whose output is gated by the GELU of another one (arXiv:2002.05202)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -52,8 +94,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(inputs, outputs * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return F.gelu(gate).mul_(value)
+        return self.steps.geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -68,7 +109,7 @@ class FeedForward(nn.Module):
         return self.net(x)  # type: ignore[no-any-return]
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Stepping):
     """Self-attention, attention to the text and a feed-forward layer, each added to its input.
 
     With ``only_cross`` the first attention goes to the text as well.
@@ -84,11 +125,18 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    @property
+    def readers(self) -> list[MultiHeadAttention]:
+        """The layers that attend to the text."""
+        return [self.attn1, self.attn2] if self.only_cross else [self.attn2]
+
+    def forward(self, x: Tensor, text: Text) -> Tensor:
         # Each sum goes into the output of a linear layer, which that layer does not need for its gradient.
-        x = self.attn1(self.norm1(x), context if self.only_cross else None).add_(x)
-        x = self.attn2(self.norm2(x), context).add_(x)
-        return self.ff(self.norm3(x)).add_(x)  # type: ignore[no-any-return]
+        steps = self.steps
+        h = self.attn1(steps.layer_norm(x, self.norm1), text if self.only_cross else None)
+        x, normed = steps.added_norm(h, x, self.norm2)
+        x, normed = steps.added_norm(self.attn2(normed, text), x, self.norm3)
+        return steps.added(self.ff(normed), x)
 
 
 class Pointwise(nn.Conv2d):
@@ -101,7 +149,7 @@ class Pointwise(nn.Conv2d):
         return F.linear(input, self.weight.flatten(1), self.bias)
 
 
-class SpatialTransformer(nn.Module):
+class SpatialTransformer(Stepping):
     """``depth`` transformer blocks over the positions of a map, added to it (arXiv:2112.10752, section 3.3)."""
 
     def __init__(
@@ -124,9 +172,9 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """From [B, C, h, w] and text [B, M, Dc] to [B, C, h, w] in the memory format of ``x``."""
-        tokens = self.proj_in(to_tokens(self.norm(x)))
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        """From [B, C, h, w] and the text to [B, C, h, w] in the memory format of ``x``."""
+        tokens = self.proj_in(to_tokens(self.steps.normed(x, self.norm)))
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, text)
         return x + to_map(self.proj_out(tokens), like=x)  # x first: a sum takes the memory format of its first term

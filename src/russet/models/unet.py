@@ -7,10 +7,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from russet.elementwise import convolution
 from russet.errors import InputError
-from russet.models.base import require_tensor
+from russet.models.base import Stepping, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
+from russet.models.resnet import Resnet, Time
+from russet.models.together import Together
+from russet.models.transformer import Text, TransformerBlock
 from russet.models.unet_config import UNetConfig
 
 
@@ -20,7 +24,7 @@ class UNetOutput(NamedTuple):
     sample: Tensor
 
 
-class UNet2DConditionModel(Conditioned):
+class UNet2DConditionModel(Conditioned, Stepping):
     """The denoiser of Stable Diffusion 1, 2 and XL, their inpainting and editing forms, and LCM.
 
     Args:
@@ -45,13 +49,21 @@ class UNet2DConditionModel(Conditioned):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         last = config.out_channels, config.conv_out_kernel
         self.conv_out = nn.Conv2d(first, *last, padding=config.conv_out_kernel // 2)
+        projections = (block.time_emb_proj for block in self.modules() if isinstance(block, Resnet))
+        self.told = Together([projection for projection in projections if projection is not None])
         self.eval()
+
+    def read(self, context: Tensor) -> Text:
+        """A text [B, N, D] with the keys and values that every layer makes of it, for many calls of one prompt."""
+        require_tensor("encoder_hidden_states", context)
+        blocks = (block for block in self.modules() if isinstance(block, TransformerBlock))
+        return Text(context, [reader for block in blocks for reader in block.readers])
 
     def forward(
         self,
         sample: Tensor,
         timestep: float | Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | Text,
         *,
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
@@ -65,7 +77,7 @@ class UNet2DConditionModel(Conditioned):
         Args:
             sample: noisy latents [B, Cin, h, w], already scaled by the scheduler.
             timestep: where on the schedule of training they are, 0 to 999: one number, or a tensor of one or of B.
-            encoder_hidden_states: the text [B, N, D].
+            encoder_hidden_states: the text [B, N, D], or what ``read`` made of it, which saves doing so again.
             class_labels: what the class embedding takes: ids [B], numbers [B] or vectors [B, D].
             timestep_cond: the vector [B, D] of a UNet with ``time_cond_proj_dim``, such as LCM's guidance scale.
             added_cond_kwargs: for XL ``text_embeds`` [B, D], the pooled text, and ``time_ids`` [B, 6]: pixels.
@@ -77,20 +89,21 @@ class UNet2DConditionModel(Conditioned):
             InputError: shapes that do not fit, or a condition that this UNet lacks, or misses.
             ArgumentTypeError: something that should be a tensor is none.
         """
-        self._check(sample, encoder_hidden_states)
-        context = encoder_hidden_states
+        text = encoder_hidden_states if isinstance(encoder_hidden_states, Text) else Text(encoder_hidden_states)
+        self._check(sample, text.context)
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
+        time = Time(emb, self.told)
 
-        maps = [self.conv_in(sample)]
+        maps = [convolution(self.steps, sample, self.conv_in)]
         for block in self.down_blocks:
-            maps += block(maps[-1], emb, context)
-        x = maps[-1] if self.mid_block is None else self.mid_block(maps[-1], emb, context)
+            maps += block(maps[-1], time, text)
+        x = maps[-1] if self.mid_block is None else self.mid_block(maps[-1], time, text)
         maps, x = _controlled(maps, x, down_block_additional_residuals, mid_block_additional_residual)
         for block in self.up_blocks:
-            x = block(x, maps, emb, context)
-        x = self.conv_out(self.act(self.conv_norm_out(x)))
+            x = block(x, maps, time, text)
+        x = convolution(self.steps, self.steps.normed(x, self.conv_norm_out, self.act), self.conv_out)
         return UNetOutput(x) if return_dict else (x,)
 
     def _check(self, sample: Tensor, context: Tensor) -> None:

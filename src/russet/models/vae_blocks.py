@@ -6,15 +6,17 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from russet.elementwise import convolution
 from russet.models.activations import silu
+from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Upsample
-from russet.models.transformer import MultiHeadAttention, to_map, to_tokens
+from russet.models.transformer import MultiHeadAttention, Text, to_map, to_tokens
 from russet.models.vae_config import VAEConfig
 
 EPS = 1e-6  # what every norm of the VAE adds to the variance
 
 
-class Encoder(nn.Module):
+class Encoder(Stepping):
     """From pictures [B, C, H, W] to the mean and log-variance of latents [B, 2·Cz, h, w]."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -31,13 +33,14 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = convolution(self.steps, x, self.conv_in)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))  # type: ignore[no-any-return]
+        x = self.steps.normed(self.mid_block(x), self.conv_norm_out, silu)
+        return convolution(self.steps, x, self.conv_out)
 
 
-class Decoder(nn.Module):
+class Decoder(Stepping):
     """From latents [B, Cz, h, w] to pictures [B, C, H, W]."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -54,10 +57,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(convolution(self.steps, z, self.conv_in))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(silu(self.conv_norm_out(x)))  # type: ignore[no-any-return]
+        return convolution(self.steps, self.steps.normed(x, self.conv_norm_out, silu), self.conv_out)
 
 
 class DownStage(nn.Module):
@@ -103,15 +106,15 @@ class Middle(nn.Module):
         return self.resnets[1](x)  # type: ignore[no-any-return]
 
 
-class MapAttention(MultiHeadAttention):
+class MapAttention(MultiHeadAttention, Stepping):
     """One head of attention between the positions of a map [B, C, h, w], added to it."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        tokens = super().forward(to_tokens(self.group_norm(x)), context)
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
+        tokens = super().forward(to_tokens(self.steps.normed(x, self.group_norm)), text)
         return x + to_map(tokens, like=x)
 
 

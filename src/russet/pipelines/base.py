@@ -20,6 +20,7 @@ from russet.devices.memory import Sizes
 from russet.devices.plan import Plan, Request, plan
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.pipelines import placement
+from russet.pipelines.graphs import Graphs
 from russet.pipelines.single_files import SingleFiles
 from russet.pipelines.switches import Switches
 
@@ -68,6 +69,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         self._dtype: torch.dtype | None = None  # what the user asked for; None: the plan decides
         self._as_given: frozenset[str] = frozenset(self.parts)  # whose precision the plan leaves alone
         self._drafts: Mapping[Any, Draft] = {}  # network → what reads its weights again
+        self.graphs = Graphs()
         super().__init__()
         for name in self.parts:
             setattr(self, name, components.get(name))
@@ -292,6 +294,7 @@ class DiffusionPipeline(SingleFiles, Switches):
     def _place(self) -> None:
         """Puts every network where the plan wants it between calls, in its precision and layout."""
         plan = self.plan()
+        self.graphs.clear()  # their weights are about to move
         placement.set_environment(plan)
         for name, network in self.networks.items():
             home = placement.home(name, plan, self._device)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from russet.devices.plan import Plan
+from russet.models.transformer import Text
 from russet.models.unet import UNet2DConditionModel
 from russet.pipelines.engine import Predict
+from russet.pipelines.graphs import Graphs, identity
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,15 @@ class Conditioning:
         return Conditioning(positive, None if self.negative is None else self.negative.repeat_interleave(times, dim=0))
 
 
-def predictor(unet: UNet2DConditionModel, conditioning: Conditioning, guidance: Guidance, at_once: int) -> Predict:
-    """The denoiser of one run: guided where there is a negative half, at most ``at_once`` images to a call."""
+def predictor(
+    unet: UNet2DConditionModel, conditioning: Conditioning, guidance: Guidance, plan: Plan, graphs: Graphs | None = None
+) -> Predict:
+    """The denoiser of one run: guided where there is a negative half, as many images to a call as the plan says."""
+    at_once = plan.micro_batch
+    graphs = graphs if plan["graphs"] else None
 
     def part(rows: Conditioning) -> Predict:
-        bare = unet_predict(unet, rows.joined, guidance)
+        bare = unet_predict(unet, rows.joined, guidance, read_once=plan["text_keys"] == "kept", graphs=graphs)
         return bare if rows.negative is None else guided(bare, guidance)
 
     images = conditioning.positive.shape[0]
@@ -71,14 +79,42 @@ def predictor(unet: UNet2DConditionModel, conditioning: Conditioning, guidance: 
     return micro_batched([part(conditioning.rows(start, start + at_once)) for start in starts], at_once)
 
 
-def unet_predict(unet: UNet2DConditionModel, context: Tensor, guidance: Guidance) -> Predict:
-    """The bare denoiser for context [B, N, D]. Works in the UNet's precision, answers in float32."""
+def unet_predict(
+    unet: UNet2DConditionModel,
+    context: Tensor,
+    guidance: Guidance,
+    *,
+    read_once: bool = False,
+    graphs: Graphs | None = None,
+) -> Predict:
+    """The bare denoiser for context [B, N, D]. Works in the UNet's precision, answers in float32.
+
+    ``read_once``: every layer's keys and values of the text are kept from the first call on. ``graphs``: calls are
+    recorded there, and replayed.
+    """
     context = context.to(unet.dtype)
     width = unet.config.time_cond_proj_dim
     told = None if width is None else guidance_embedding(guidance.scale, width).to(context).expand(len(context), -1)
 
+    @functools.cache  # at the first call, when the UNet is where it works
+    def prepared() -> tuple[Text, Hashable | None]:
+        text = unet.read(context) if read_once else Text(context)
+        return text, None if graphs is None else identity(unet)
+
     def predict(x: Tensor, t: float) -> Tensor:
-        output: Tensor = unet(x.to(unet.dtype), t, context, timestep_cond=told, return_dict=False)[0]
+        text, name = prepared()
+        if graphs is None or name is None:
+            return called(x, t, text, told)
+        extra = [] if told is None else [told]
+        inputs = [x, torch.full((1,), t, dtype=torch.float32, device=x.device), *extra, *text.tensors()]
+        return graphs.run(name, recordable, inputs)
+
+    def recordable(x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+        scale, tensors = (None, rest) if told is None else (rest[0], rest[1:])
+        return called(x, t, prepared()[0].of(tensors), scale)
+
+    def called(x: Tensor, t: float | Tensor, text: Text, told: Tensor | None) -> Tensor:
+        output: Tensor = unet(x.to(unet.dtype), t, text, timestep_cond=told, return_dict=False)[0]
         return output.float()
 
     return predict

@@ -7,6 +7,7 @@ The plan (``russet.devices.plan``) decides; nothing here does. What each decisio
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from russet import attention
 from russet.attention import Attention
 from russet.checkpoints.draft import Draft
 from russet.devices.plan import AttentionChoice, Plan, Tile
+from russet.elementwise import PLAIN, Elementwise
+from russet.models.activations import silu
 from russet.models.base import Model
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
@@ -59,6 +62,18 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
     return attention.contiguous(made) if contiguous else made
 
 
+def steps_of(plan: Plan) -> Elementwise:
+    """The steps between the matrix products as the plan wants them."""
+    return PLAIN if plan["elementwise"] == "plain" else fused_steps()
+
+
+@functools.cache
+def fused_steps() -> Elementwise:
+    from russet.elementwise_triton import Fused  # Triton is there where the plan chose it
+
+    return Fused(silu)
+
+
 def set_environment(plan: Plan) -> None:
     """Sets the variables that the device's allocator reads when it starts, unless the user has set any of them.
 
@@ -69,10 +84,14 @@ def set_environment(plan: Plan) -> None:
 
 
 def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
-    """Hands every network that attends the attention that the plan chose for it, and all of them their norms."""
+    """Hands every network the attention that the plan chose for it, its norms, and the steps between its products."""
     for name in ("text_encoder", "unet", "vae"):
         if isinstance(network := networks.get(name), Model):
             network.set_attention(attention_of(plan, name))
+    steps = steps_of(plan)
+    for name in ("unet", "vae"):
+        if isinstance(network := networks.get(name), Model):
+            network.set_elementwise(steps)
     composed, wide = plan["group_norm"] == "composed", plan["layer_norm"] == "float32"
     for network in networks.values():
         set_norms(network, composed_groups=composed, float32_layers=wide)
@@ -135,13 +154,21 @@ def at_work(
         with streamed(network, device):
             yield
     elif rest == device or (component == "text_encoder" and plan.text_encoder == "cpu"):
+        lay_together(network, plan)
         yield
     else:
         try:
             settle(component, network, plan, device, draft)
+            lay_together(network, plan)
             yield
         finally:
             network.to(rest)
+
+
+def lay_together(network: nn.Module, plan: Plan) -> None:
+    """Joins the weights that the plan wants multiplied at once; nothing to do where they are joined."""
+    if plan["joined_products"] and isinstance(network, Model):
+        network.lay_together()
 
 
 @contextlib.contextmanager

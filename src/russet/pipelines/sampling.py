@@ -39,10 +39,11 @@ class Sampling:
         self.guidance = request.guidance
         self.plan = plan
         self.notes: list[str] = []
-        self._aim()
+        self.aim()
 
-    def _aim(self) -> None:
-        self.predict = predictor(self.pipe.unet, self.conditioning, self.guidance, self.plan.micro_batch)
+    def aim(self) -> None:
+        """Makes the denoiser anew, for what the conditioning, the guidance or the UNet's arithmetic is by now."""
+        self.predict = predictor(self.pipe.unet, self.conditioning, self.guidance, self.plan, self.pipe.graphs)
 
     def from_noise(self, schedule: Schedule, noise: NoiseSource, start: Tensor) -> Tensor:
         """Starting noise of deviation 1 → latents at the end of the schedule, or where the run was interrupted.
@@ -60,7 +61,7 @@ class Sampling:
                 if finite or not left:
                     break
                 self.notes.append(left.pop(0).apply())
-                self._aim()
+                self.aim()
         if not finite:
             self.notes.append("the latents are not finite even in float32: the weights or the inputs must be damaged")
         return run.latents
@@ -102,7 +103,7 @@ class Sampling:
         if scale != self.guidance.scale or changed.keys() - {"latents"}:
             self.guidance = dataclasses.replace(self.guidance, scale=scale)
             self.conditioning = reconditioned(self.conditioning, changed)
-            self._aim()
+            self.aim()
 
 
 def as_tensor(t: float) -> Tensor:

@@ -245,6 +245,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Calls UNet and VAE once for nothing: on some torch versions the first pass is unlike all later ones."""
         with self.at_work("unet", plan):
             sampling.predict(start, schedule.timesteps[0])
+        sampling.aim()  # nothing of that pass is kept
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
             engine.decode(self.vae, start[:1], 1)
         self._primed = self.device

@@ -55,6 +55,14 @@ class Switches:
         """Decodes each picture as a whole, whatever it needs."""
         self._choose(vae_tiling=False)
 
+    def enable_fast_paths(self) -> None:
+        """Leaves it to the plan again which fused kernels, recordings and joined products are used: the default."""
+        self._choose(fast_paths=None)
+
+    def disable_fast_paths(self) -> None:
+        """Computes by PyTorch's own operations alone, one after another: to find out where a difference comes from."""
+        self._choose(fast_paths=False)
+
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options for tqdm's bar over the steps, ``disable=True`` among them."""
         self._progress = options

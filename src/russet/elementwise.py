@@ -1,0 +1,100 @@
+"""What stands between the matrix products of UNet and VAE: norms, activations and sums over maps and tokens.
+
+    Plain    PyTorch's own operations, on every device
+    Fused    the same in fewer passes over the memory: kernels for CUDA, in ``elementwise_triton.py``
+
+Both give the same results, up to the rounding of what ``Plain`` writes to memory in between. On a GPU these steps take
+half of the time of a UNet call if each is a pass of its own: 4.5 of 9.3 ms on an H200 (Stable Diffusion 1.5 at
+512×512, guided, float16), and 49 of 98 ms for sixteen pictures.
+
+Letters: B batch, C channels, h w positions of a map, N tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Elementwise(Protocol):
+    """The steps. A tensor named ``h`` is the caller's own and may be overwritten; a tensor named ``x`` is kept."""
+
+    def normed(
+        self, x: Tensor, norm: nn.GroupNorm, act: Activation | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """``act(norm(x + shift))`` of a map [B, C, h, w]; ``shift`` [1 or B, C] is what ``convolved`` left to add."""
+        ...
+
+    def convolved(self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """``conv(x) + shift`` for a ``shift`` [1 or B, C], and what of it the next step is left to add."""
+        ...
+
+    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+        """``h + shift + x`` for maps [B, C, h, w]."""
+        ...
+
+    def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """``h + x`` for tokens [B, N, D], and that sum normalised."""
+        ...
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """``norm(x)`` for tokens [B, N, D]."""
+        ...
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """The first half of the features [B, N, 2D] times the GELU of the second (arXiv:2002.05202)."""
+        ...
+
+
+class Plain:
+    """The steps as PyTorch has them."""
+
+    def normed(
+        self, x: Tensor, norm: nn.GroupNorm, act: Activation | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        assert shift is None, "nothing is left to add"
+        y: Tensor = norm(x)
+        return y if act is None else act(y)
+
+    def convolved(self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if shift is None:
+            return conv(x), None
+        if len(shift) == 1 and not hooked(conv):  # the same for all rows, so it can be part of the bias
+            bias = shift[0] if conv.bias is None else shift[0] + conv.bias
+            return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding), None
+        h: Tensor = conv(x)
+        return h.add_(shift[:, :, None, None]), None
+
+    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+        assert shift is None, "nothing is left to add"
+        return h if x is None else h.add_(x)
+
+    def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        total = h.add_(x)
+        return total, norm(total)
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return norm(x)  # type: ignore[no-any-return]
+
+    def geglu(self, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(value)
+
+
+def convolution(steps: Elementwise, x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv(x)``, with nothing left to add."""
+    h, rest = steps.convolved(x, conv)
+    return steps.added(h, None, rest)
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Whether something watches or feeds a layer as it is called, so that its weights must not be read directly."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+
+
+PLAIN = Plain()
