@@ -33,6 +33,12 @@ STOCHASTIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "dpm++ 3m sde": ("DPMSolverMultistep", {**KARRAS, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}, {}, 60),
     "dpm 2m sde": ("DPMSolverMultistep", {**KARRAS, "algorithm_type": "sde-dpmsolver"}, {}, 200),
     "dpm++ 2s sde": ("DPMSolverSinglestep", {**KARRAS, "algorithm_type": "sde-dpmsolver++"}, {}, 200),
+    "dpm++ 3s sde": (
+        "DPMSolverSinglestep",
+        {**KARRAS, "algorithm_type": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"},
+        {},
+        600,
+    ),
     "restart": ("Restart", {}, {}, 40),
 }
 

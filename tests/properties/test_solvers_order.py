@@ -52,17 +52,24 @@ def at(sigma: float) -> Point:
     return Point(0.0, sigma)
 
 
+def by(rule: multistep.Rule, order: int) -> Solver:
+    return functools.partial(multistep.multistep, rule=rule, order=order)
+
+
 def multi(order: int, **method: bool) -> Solver:
-    return functools.partial(multistep.dpm_multistep, method=Exponential(**method), order=order)
+    return by(Exponential(**method), order)
 
 
 def single(order: int, steps: int, **method: bool) -> Solver:
     orders = [*range(1, order + 1)] * (steps // order)
-    return functools.partial(multistep.dpm_singlestep, method=Exponential(**method), orders=orders)
+    return functools.partial(multistep.singlestep, method=Exponential(**method), orders=orders)
 
 
 def uni(order: int, **method: bool) -> Solver:
     return functools.partial(multistep.unipc, method=Exponential(**method), order=order)
+
+
+RUNGE_KUTTA = functools.partial(multistep.runge_kutta_start, middle=lambda a, b: at((a.sigma + b.sigma) / 2))
 
 
 @functools.cache
@@ -73,23 +80,25 @@ def exact() -> Tensor:
 # name: (order, solver for a number of steps). UniPC's corrector raises its order by one, as its paper says.
 SOLVERS: dict[str, tuple[int, Callable[[int], Solver]]] = {
     "euler": (1, lambda n: solvers.euler),
-    "euler by one_step": (1, lambda n: functools.partial(solvers.one_step, step=solvers.euler_step)),
-    "heun": (2, lambda n: solvers.one_step),
+    "euler by heun": (1, lambda n: functools.partial(solvers.heun, second=False)),
+    "heun": (2, lambda n: solvers.heun),
     "dpm2": (2, lambda n: functools.partial(solvers.dpm2, at=at)),
-    "dpm++ 2S": (2, lambda n: functools.partial(solvers.dpmpp_2s_ancestral, at=at, eta=0.0)),
-    "plms": (2, lambda n: multistep.plms),
-    "pndm": (2, lambda n: functools.partial(multistep.prk, middle=lambda a, b: at((a.sigma + b.sigma) / 2))),
-    "lms 1": (1, lambda n: functools.partial(multistep.lms, order=1)),
-    "lms 2": (2, lambda n: functools.partial(multistep.lms, order=2)),
-    "lms 3": (3, lambda n: functools.partial(multistep.lms, order=3)),
-    "deis 2": (2, lambda n: functools.partial(multistep.deis, order=2)),
-    "deis 3": (3, lambda n: functools.partial(multistep.deis, order=3)),
+    "dpm++ 2S": (2, lambda n: functools.partial(solvers.dpm2, at=at, data=True)),
+    "plms": (2, lambda n: functools.partial(multistep.pndm, start=multistep.heun_start, starts=1)),
+    "pndm": (2, lambda n: functools.partial(multistep.pndm, start=RUNGE_KUTTA, starts=3)),
+    "ipndm": (2, lambda n: by(multistep.adams, 4)),
+    "lms 1": (1, lambda n: by(multistep.lms, 1)),
+    "lms 2": (2, lambda n: by(multistep.lms, 2)),
+    "lms 3": (3, lambda n: by(multistep.lms, 3)),
+    "deis 2": (2, lambda n: by(multistep.deis, 2)),
+    "deis 3": (3, lambda n: by(multistep.deis, 3)),
     "dpm++ 1M": (1, lambda n: multi(1)),
     "dpm++ 2M": (2, lambda n: multi(2)),
     "dpm++ 2M heun": (2, lambda n: multi(2, exact=True)),
-    "dpm++ 3M": (3, lambda n: multi(3)),
+    "dpm++ 3M": (2, lambda n: multi(3)),  # "midpoint" takes half of the second derivative, as Diffusers does
+    "dpm++ 3M heun": (3, lambda n: multi(3, exact=True)),
     "dpm 2M": (2, lambda n: multi(2, data=False)),
-    "dpm 3M": (3, lambda n: multi(3, data=False)),
+    "dpm 3M heun": (3, lambda n: multi(3, data=False, exact=True)),
     "dpm++ 2S by groups": (2, lambda n: single(2, n)),
     "dpm 2S by groups": (2, lambda n: single(2, n, data=False)),
     "dpm++ 3S by groups": (3, lambda n: single(3, n, exact=True)),
@@ -110,5 +119,5 @@ def test_the_error_falls_with_the_stated_order(name: str) -> None:
 
 def test_the_fourth_order_of_lms_is_nearly_reached() -> None:
     """Its first steps are of lower orders, whose error remains."""
-    coarse, fine = (float((solved(multistep.lms, n) - exact()).norm()) for n in (96, 192))
+    coarse, fine = (float((solved(by(multistep.lms, 4), n) - exact()).norm()) for n in (96, 192))
     assert math.log2(coarse / fine) > 3.3

@@ -53,10 +53,10 @@ def test_an_unknown_keyword_is_refused_with_the_known_ones(cls: type[Scheduler])
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("DDIM", {"beta_schedule": "quadratic"}, "beta_schedule must be 'linear' or 'scaled_linear'"),
-    ("DDIM", {"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+    ("DDIM", {"num_train_timesteps": 0}, "num_train_timesteps must be 1 or more, not 0"),
     ("DDIM", {"num_train_timesteps": 10.0}, "num_train_timesteps must be int"),
     ("DDIM", {"num_train_timesteps": True}, "num_train_timesteps must be int"),
-    ("DDIM", {"beta_start": -0.1}, "beta must lie in 0..1"),
+    ("DDIM", {"beta_start": -0.1}, "a beta must be above 0"),
     ("DDIM", {"beta_end": math.nan}, "beta_end must be float"),
     ("DDIM", {"trained_betas": [0.1, 0.2]}, "one value for each of the 1000"),
     ("DDIM", {"clip_sample": "yes"}, "clip_sample must be bool"),
@@ -75,8 +75,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("DPMSolverMultistep", {"lambda_min_clipped": math.nan}, "lambda_min_clipped"),
     ("UniPCMultistep", {"solver_p": "euler"}, "solver_p must be"),
     ("LCM", {"original_inference_steps": 0}, "original_inference_steps"),
-    ("EulerChurn", {"s_churn": -1.0}, "s_churn must not be negative"),
-    ("Restart", {"restart_times": 4}, "restart_times must lie in"),
+    ("EulerChurn", {"s_churn": -1.0}, "s_churn must be 0 or more"),
+    ("Restart", {"restart_times": 4}, r"restart_times must be 0\.\.3, not 4"),
     ("Restart", {"restart_sigma_min": 3.0}, "restart_sigma_min must be"),
 ]
 

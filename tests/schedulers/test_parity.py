@@ -47,6 +47,8 @@ def cases() -> list[Any]:
     add("KDPM2Discrete", SPACINGS[1], SIGMAS[1], PREDICTIONS[1])  # few: Diffusers' constructor takes a second
     add("KDPM2AncestralDiscrete", SPACINGS[2], SIGMAS[2], draws=True)
     add("DPMSolverMultistep", *SPACINGS, *SIGMAS, *PREDICTIONS, zero_snr, {"solver_order": 1}, {"thresholding": True})
+    third = {"solver_order": 3}
+    add("DPMSolverMultistep", third, {**third, "final_sigmas_type": "sigma_min"}, {**third, "use_karras_sigmas": True})
     add("DPMSolverMultistep", {"use_lu_lambdas": True}, {"euler_at_final": True, "final_sigmas_type": "sigma_min"})
     add("DPMSolverMultistep", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1})
     add("DPMSolverSinglestep", *SIGMAS, *PREDICTIONS, {"solver_order": 3}, {"solver_order": 3, "solver_type": "heun"})
@@ -120,9 +122,44 @@ IN_THE_MIDDLE = [
 
 @pytest.mark.parametrize(("name", "config", "how"), IN_THE_MIDDLE)
 def test_a_loop_begun_in_the_middle_equals_diffusers(name: str, config: dict[str, Any], how: dict[str, Any]) -> None:
-    """But for LMS and PNDM, which Diffusers begins wrongly; those are held by the property in test_solvers.py."""
+    """But for LMS and PNDM, which Diffusers begins wrongly."""
     for begin in (1, 7):
         assert_same(*both(name + "Scheduler", config), 20, begin=begin, **how)
+
+
+SKIP = {"skip_prk_steps": True, "steps_offset": 1}
+MISSED_BY_DIFFUSERS = [
+    ("DDIM", {"timestep_spacing": "linspace", "clip_sample": False}, 20, 0),
+    ("DDIM", {"timestep_spacing": "trailing", "clip_sample": False}, 14, 0),
+    ("PNDM", {**SKIP, "timestep_spacing": "linspace"}, 20, 0),
+    ("PNDM", {**SKIP, "timestep_spacing": "trailing"}, 14, 0),
+    ("PNDM", {**SKIP, "prediction_type": "v_prediction"}, 20, 0),
+    ("PNDM", SKIP, 20, 7),
+    ("LMSDiscrete", {}, 20, 7),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "steps", "begin"), MISSED_BY_DIFFUSERS)
+def test_where_both_differ_diffusers_misses_the_image_that_the_true_noise_leads_to(
+    name: str, config: dict[str, Any], steps: int, begin: int
+) -> None:
+    image, noise = normal(1), normal(2)
+    schedulers = both(name + "Scheduler", {**config, **({"set_alpha_to_one": True} if name != "LMSDiscrete" else {})})
+    missed = []
+    for scheduler in schedulers:
+        scheduler.set_timesteps(steps)
+        times = scheduler.timesteps[begin:]
+        if begin and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        x = scheduler.add_noise(image, noise, times[:1])
+        for t in times:
+            alpha = float(schedulers[0].alphas_cumprod[int(t)])
+            velocity = alpha**0.5 * noise - (1 - alpha) ** 0.5 * image
+            output = velocity if config.get("prediction_type") == "v_prediction" else noise
+            x = scheduler.step(output, t, x).prev_sample
+        missed.append(relative(x, image))
+    assert missed[0] < CLOSE
+    assert missed[1] > 10 * CLOSE
 
 
 @pytest.mark.parametrize("steps", [4, 5, 20, 50])

@@ -21,17 +21,17 @@ def euler() -> named.EulerDiscreteScheduler:
 BAD_STEPS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({}, InputError, "exactly one of steps, timesteps, sigmas, not none"),
     ({"steps": 3, "timesteps": [5]}, InputError, "not steps and timesteps"),
-    ({"steps": 0}, InputError, r"must lie in 1\.\.1000 .*, not 0"),
+    ({"steps": 0}, InputError, r"number of steps must be at least 1, not 0"),
     ({"steps": -3}, InputError, "not -3"),
-    ({"steps": 1001}, InputError, "not 1001"),
+    ({"steps": 1001}, InputError, "at most 1000, not 1001"),
     ({"steps": True}, ArgumentTypeError, "whole number, not True"),
     ({"steps": 3.0}, ArgumentTypeError, "whole number, not 3.0"),
     ({"steps": "20"}, ArgumentTypeError, "whole number, not '20'"),
-    ({"timesteps": []}, InputError, "at least one"),
+    ({"timesteps": []}, InputError, "at least one number"),
     ({"timesteps": "999"}, ArgumentTypeError, "list of numbers"),
     ({"timesteps": 999}, ArgumentTypeError, "list of numbers"),
-    ({"timesteps": [900, "5"]}, ArgumentTypeError, "'5' is none"),
-    ({"timesteps": [900, True]}, ArgumentTypeError, "True is none"),
+    ({"timesteps": [900, "5"]}, ArgumentTypeError, r"timesteps\[1\] must be a number, not '5'"),
+    ({"timesteps": [900, True]}, ArgumentTypeError, r"timesteps\[1\] must be a number, not True"),
     ({"timesteps": [900, 900, 3]}, InputError, "must fall from step to step; 900 comes after 900"),
     ({"timesteps": [3, 900]}, InputError, "900 comes after 3"),
     ({"timesteps": [1000, 3]}, InputError, r"0\.\.999, where the model was trained; 1000 does not"),
@@ -146,7 +146,7 @@ def test_tensors_that_do_not_fit_are_refused_and_the_run_goes_on() -> None:
     cases: list[tuple[Any, Any, type[Exception], str]] = [
         (normal(1, 2, 4, 8, 4), normal(2), InputError, r"model_output is \[2, 4, 8, 4\], but the sample is"),
         (normal(1).long(), normal(2), InputError, "model_output must be"),
-        (normal(1), [1.0], ArgumentTypeError, "sample must be a tensor, not list"),
+        (normal(1), [1.0], ArgumentTypeError, r"sample must be a tensor, not \[1\.0\] \(list\)"),
         (normal(1, 8), normal(2, 8), InputError, "sample must be"),
     ]
     for output, sample, error, message in cases:
@@ -174,7 +174,7 @@ def test_unknown_arguments_are_refused_by_name() -> None:
         scheduler.step(normal(1), 999, normal(2), s_churn=1.0)
     with pytest.raises(UnsupportedArgument, match="does not take variance_noise"):
         scheduler.step(normal(1), 999, normal(2), variance_noise=normal(3))
-    with pytest.raises(UnsupportedArgument, match="set_timesteps does not take mu"):
+    with pytest.raises(UnsupportedArgument, match=r"set_timesteps\(\) has no argument 'mu'"):
         scheduler.set_timesteps(2, mu=1.0)
 
 
@@ -233,7 +233,7 @@ def test_a_run_cannot_begin_inside_a_step() -> None:
     scheduler.set_begin_index(99)
     with pytest.raises(InputError, match="every step has been made"):
         scheduler.step(normal(1), 999, normal(2))
-    with pytest.raises(InputError, match="begin_index must be a whole number"):
+    with pytest.raises(ArgumentTypeError, match="begin_index must be a whole number"):
         scheduler.set_begin_index("3")  # type: ignore[arg-type]
 
 

@@ -82,9 +82,12 @@ def test_sgm_uniform_spacing_stops_one_step_short_of_zero() -> None:
 
 
 def test_more_steps_than_a_spacing_has_room_for_are_refused() -> None:
-    cases = [({"timestep_spacing": "leading", "steps_offset": 1}, 1000), ({"timestep_spacing": "leading"}, 1001)]
-    for config, steps in cases:
-        with pytest.raises(InputError, match=r"must lie in"):
+    cases = [
+        ({"timestep_spacing": "leading", "steps_offset": 1}, 1000, r"the timesteps of 1000 steps must lie in 0\.\.999"),
+        ({"timestep_spacing": "leading"}, 1001, "the number of steps must be at most 1000, not 1001"),
+    ]
+    for config, steps, message in cases:
+        with pytest.raises(InputError, match=message):
             named.DDIMScheduler(**config).schedule(steps)
     with pytest.raises(InputError, match=r"noise levels of 1000 steps must fall"):
         named.DPMSolverMultistepScheduler(**SD).schedule(1000)

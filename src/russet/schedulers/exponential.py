@@ -14,6 +14,7 @@ D_k the value's k-th derivative by lambda, times h^k,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +26,17 @@ from russet.schedulers.brownian import Noise
 from russet.schedulers.noise import Point
 
 
-def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """The sum of the values, each times its weight."""
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
-    return total
+@dataclass(frozen=True)
+class Seen:
+    """The image x0 that the model saw in x at a point, and the noise with it."""
+
+    point: Point
+    x: Tensor
+    x0: Tensor
+
+    @functools.cached_property
+    def eps(self) -> Tensor:
+        return (self.x - self.x0) / self.point.sigma
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,15 @@ class Exponential:
     """Which of the family's steps is taken.
 
     data: the polynomial goes through x0 (DPM-Solver++) or through the noise (DPM-Solver).
-    sde: follows the stochastic equation, and draws noise. exact: c_1 as above, and not c_0 / 2 ("midpoint").
-    bh1: the function B of UniPC, z or e^z - 1.
+    sde: follows the stochastic equation, and draws noise. bh1: the function B of UniPC, z or e^z - 1.
+    exact: coefficients as above ("heun"); else the highest is less, c_0 / 2 or c_2 / 2, and the step the steadier under
+    strong guidance ("midpoint"). That lowers an order of 3 to 2.
     """
 
     data: bool = True
     sde: bool = False
     exact: bool = False
     bh1: bool = False
-
-    def value(self, x: Tensor, x0: Tensor, a: Point) -> Tensor:
-        return x0 if self.data else (x - x0) / a.sigma
 
     def linear(self, a: Point, b: Point) -> tuple[float, float, float, float]:
         """(keep, gain, z, spread) of the step from a to b."""
@@ -58,40 +62,48 @@ class Exponential:
             return math.exp(-h * times), 1.0, -h * times, spread * b.sigma / a.sigma
         return 1.0, b.sigma * times, h, spread
 
-    def step(
-        self, x: Tensor, values: Sequence[Tensor], past: Sequence[Point], b: Point, noise: Noise, exact: bool = False
-    ) -> Tensor:
-        """From past[0], where x is, to b; the polynomial goes through one to three values at ``past``."""
-        a = past[0]
-        if a.sigma == b.sigma:
-            return x
+    def values(self, past: Sequence[Seen]) -> list[Tensor]:
+        return [seen.x0 if self.data else seen.eps for seen in past]
+
+    def __call__(self, x: Tensor, past: Sequence[Seen], b: Point, noise: Noise) -> Tensor:
+        """From past[0], where x is, to b; the polynomial goes through the one to three values of ``past``."""
+        a, exact = past[0].point, self.exact
+        if b.sigma in (0, a.sigma):
+            return past[0].x0 if b.sigma == 0 else x
         keep, gain, z, spread = self.linear(a, b)
         c0 = math.expm1(z)
-        c1 = c0 / z - 1 if self.exact or exact or len(values) == 3 else c0 / 2
-        c2 = (c0 / z - 1) / z - 0.5
-        derivatives = derivatives_at_first(values, distances(past, b))
-        x = keep * x - gain * weighted((c0, c1, c2)[: len(values)], derivatives)
+        c1 = c0 / z - 1 if exact or len(past) == 3 else c0 / 2
+        c2 = ((c0 / z - 1) / z - 0.5) * (1.0 if exact else 0.5)
+        derivatives = derivatives_at_first(self.values(past), distances(past, b))
+        x = keep * x - gain * weighted((c0, c1, c2)[: len(past)], derivatives)
         return x + spread * noise() if self.sde else x
 
-    def unified(self, x: Tensor, values: Sequence[Tensor], past: Sequence[Point], b: Point) -> Tensor:
-        """UniPC's step (arXiv:2302.04867, algorithms 5 and 6): one of ``past`` may be b itself, which corrects."""
-        a = past[0]
-        if a.sigma == b.sigma:
-            return x
+    def unified(self, x: Tensor, past: Sequence[Seen], b: Point) -> Tensor:
+        """UniPC's step (arXiv:2302.04867, algorithms 5 and 6): one of ``past`` may be at b itself, which corrects."""
+        a, (first, *others) = past[0].point, self.values(past)
+        if b.sigma in (0, a.sigma):
+            return past[0].x0 if b.sigma == 0 else x
         keep, gain, z, _ = self.linear(a, b)
-        x = keep * x - gain * math.expm1(z) * values[0]
-        at = distances(past, b)[1:]
-        if not at:
+        x = keep * x - gain * math.expm1(z) * first
+        if not others:
             return x
-        scale = z if self.bh1 else math.expm1(z)
+        at, scale = distances(past, b)[1:], z if self.bh1 else math.expm1(z)
         weights = [gain * scale * rho / u for rho, u in zip(uni_weights(at, z, scale), at, strict=True)]
-        return x - weighted(weights, [value - values[0] for value in values[1:]])
+        return x - weighted(weights, [value - first for value in others])
 
 
-def distances(past: Sequence[Point], b: Point) -> list[float]:
+def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The sum of the values, each times its weight."""
+    total = weights[0] * values[0]
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * value
+    return total
+
+
+def distances(past: Sequence[Seen], b: Point) -> list[float]:
     """Where the points lie in log(sigma): 0 at the first of them, 1 at b."""
-    h = math.log(past[0].sigma / b.sigma)
-    return [math.log(past[0].sigma / point.sigma) / h for point in past]
+    first = past[0].point.sigma
+    return [math.log(first / seen.point.sigma) / math.log(first / b.sigma) for seen in past]
 
 
 def derivatives_at_first(values: Sequence[Tensor], at: Sequence[float]) -> list[Tensor]:
@@ -102,14 +114,12 @@ def derivatives_at_first(values: Sequence[Tensor], at: Sequence[float]) -> list[
     if len(values) == 2:
         return [values[0], slope]
     bend = ((values[2] - values[0]) / at[2] - slope) / (at[2] - at[1])
-    # differs from Diffusers, whose multistep solvers take ``bend`` for the second derivative, half of what it is
     return [values[0], slope - at[1] * bend, 2 * bend]
 
 
 def quadrature(at: Sequence[float], moments: Sequence[float]) -> list[float]:
     """Weights for values at the nodes ``at`` that integrate each power 0, 1, … to its moment."""
-    powers = np.vander(at, increasing=True).T
-    weights: list[float] = np.linalg.solve(powers, moments[: len(at)]).tolist()
+    weights: list[float] = np.linalg.solve(np.vander(at, increasing=True).T, moments[: len(at)]).tolist()
     return weights
 
 

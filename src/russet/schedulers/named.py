@@ -1,4 +1,4 @@
-"""The schedulers by their Diffusers class names: a config, a convention for the latents, and a solver.
+"""The schedulers by their Diffusers class names: a row of config keys, a convention for the latents, and a solver.
 
 Keys and defaults are Diffusers'. The classes at the end are Russet's own, for samplers that Diffusers does not have.
 """
@@ -6,84 +6,66 @@ Keys and defaults are Diffusers'. The classes at the end are Russet's own, for s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from russet.errors import InputError
 from russet.schedulers import multistep, solvers, spacing
-from russet.schedulers.configs import (
-    DEIS,
-    Churn,
-    Clipping,
-    Distilled,
-    DPMSolver,
-    Restart,
-    SchedulerConfig,
-    SigmaChoice,
-    SigmaRange,
-    Spaced,
-    Thresholding,
-    UniPC,
-    ZeroSNR,
-    keys,
-)
+from russet.schedulers.configs import CLIPPING, HIGH_ORDER, RANGE, SIGMAS, SPACED, THRESHOLDING, ZERO_SNR
 from russet.schedulers.exponential import Exponential
 from russet.schedulers.noise import ALMOST_PURE_NOISE, CosineTable, Point, Table
 from russet.schedulers.schedule import Border, Schedule
 from russet.schedulers.scheduler import Scheduler
 from russet.schedulers.solvers import Solver
 
-Limited = keys(Spaced, Clipping, Thresholding, ZeroSNR, timestep_spacing="leading")
-KDiffusion = keys(Spaced, SigmaChoice, beta_start=0.00085, beta_end=0.012)
+LIMITED = (*SPACED, *CLIPPING, *THRESHOLDING, *ZERO_SNR)
+EULER = (*SPACED, *SIGMAS, *RANGE, *ZERO_SNR, "interpolation_type", "timestep_type")
+DPM = (*HIGH_ORDER, "algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type")
+MULTISTEP = (*SPACED, *ZERO_SNR, *DPM, "euler_at_final", "use_lu_lambdas")
+UNIPC = (*SPACED, *ZERO_SNR, *RANGE, *HIGH_ORDER, "predict_x0", "disable_corrector", "solver_p", "shift_terminal")
+DISTILLED = (*LIMITED, "set_alpha_to_one", "original_inference_steps", "timestep_scaling")
+SD: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's own
+IPNDM = partial(multistep.multistep, rule=multistep.adams, order=4)
 SHORT = 15  # steps; in runs of fewer, the solvers of DPM-Solver's kind lower their order towards the end
 
 
-class DDIMScheduler(Scheduler):
+class DDIMScheduler(Scheduler, keys=LIMITED, timestep_spacing="leading", clip_sample=True, set_alpha_to_one=True):
     """DDIM (arXiv:2010.02502): deterministic with ``eta`` 0, ancestral with 1."""
 
-    config_class = keys(Limited, set_alpha_to_one=True)
     zero_snr = ALMOST_PURE_NOISE
     options: ClassVar[Mapping[str, Any]] = {"eta": 0.0, "use_clipped_model_output": False}
     takes_variance_noise = True
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.euler, eta=options["eta"])
-
-    def border(self, **options: Any) -> Border:
-        return dataclasses.replace(super().border(), keeps_noise=not options["use_clipped_model_output"])
+        return partial(solvers.euler, eta=options["eta"])
 
 
-class DDPMScheduler(Scheduler):
+class DDPMScheduler(Scheduler, keys=LIMITED, timestep_spacing="leading", clip_sample=True, variance_type="fixed_small"):
     """DDPM (arXiv:2006.11239), with the posterior's variance or with beta ("fixed_large")."""
 
-    config_class = keys(Limited, variance_type="fixed_small")
     zero_snr = ALMOST_PURE_NOISE
 
     def solver(self, steps: int, **options: Any) -> Solver:
         large = self.key("variance_type").startswith("fixed_large")
-        return solvers.ddpm_large if large else functools.partial(solvers.euler, eta=1.0)
+        return solvers.ddpm_large if large else partial(solvers.euler, eta=1.0)
 
 
-class PNDMScheduler(Scheduler):
+class PNDMScheduler(Scheduler, keys=SPACED, timestep_spacing="leading", skip_prk_steps=False, set_alpha_to_one=False):
     """PNDM (arXiv:2202.09778); with ``skip_prk_steps`` it is PLMS, the sampler of the first Stable Diffusion."""
-
-    config_class = keys(Spaced, timestep_spacing="leading", skip_prk_steps=False, set_alpha_to_one=False)
 
     def solver(self, steps: int, **options: Any) -> Solver:
         if self.key("skip_prk_steps"):
-            return multistep.plms
-        return functools.partial(multistep.prk, middle=lambda a, b: self.point_at(b.t + (a.t - b.t) // 2))
+            return partial(multistep.pndm, start=multistep.heun_start, starts=1)
+        start = partial(multistep.runge_kutta_start, middle=lambda a, b: self.point_at(b.t + (a.t - b.t) // 2))
+        return partial(multistep.pndm, start=start, starts=3)
 
     def from_call(self, plan: Schedule, call: int) -> Schedule:
         """From the middle no step is made twice: where the timesteps name one twice, a step has the length 0."""
-        if call == 0:
-            return plan
-        rest = functools.partial(multistep.plms, warm_up=False)
-        return dataclasses.replace(plan, points=plan.calls[call:], solver=rest)
+        return plan if call == 0 else dataclasses.replace(plan, points=plan.calls[call:], solver=IPNDM)
 
     def starts(self, plan: Schedule) -> list[int]:
         return list(range(len(plan.calls)))
@@ -94,57 +76,42 @@ class VarianceExploding(Scheduler):
 
     variance_preserving = False
     whole = False
-    whole_range = False
 
 
-class EulerDiscreteScheduler(VarianceExploding):
+class EulerDiscreteScheduler(VarianceExploding, keys=EULER, solver=solvers.euler):
     """Euler's method (arXiv:2206.00364)."""
 
-    config_class = keys(Spaced, SigmaChoice, SigmaRange, ZeroSNR, interpolation_type="linear", timestep_type="discrete")
 
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return solvers.euler
-
-
-class EulerAncestralDiscreteScheduler(VarianceExploding):
+class EulerAncestralDiscreteScheduler(
+    VarianceExploding, keys=(*SPACED, *ZERO_SNR), solver=partial(solvers.euler, eta=1.0)
+):
     """Euler's method with ancestral noise: "Euler a"."""
 
-    config_class = keys(Spaced, ZeroSNR)
 
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.euler, eta=1.0)
-
-
-class LMSDiscreteScheduler(VarianceExploding):
+class LMSDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS)):
     """Linear multistep of the orders 1 to 4 (``order``)."""
 
-    config_class = keys(Spaced, SigmaChoice)
     options: ClassVar[Mapping[str, Any]] = {"order": 4}
 
     def solver(self, steps: int, **options: Any) -> Solver:
         if options["order"] not in (1, 2, 3, 4):
             raise InputError(f"order must be 1, 2, 3 or 4, not {options['order']!r}")
-        return functools.partial(multistep.lms, order=options["order"])
+        return partial(multistep.multistep, rule=multistep.lms, order=options["order"])
 
 
-class HeunDiscreteScheduler(VarianceExploding):
+class HeunDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS, *CLIPPING), solver=solvers.heun, **SD):
     """Heun's method (arXiv:2206.00364, algorithm 1)."""
 
-    config_class = keys(KDiffusion, Clipping, clip_sample=False)
     order = 2
 
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return solvers.one_step
 
-
-class KDPM2DiscreteScheduler(VarianceExploding):
+class KDPM2DiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS), **SD):
     """DPM-Solver-2 (arXiv:2206.00927) as k-diffusion has it: "DPM2"."""
 
-    config_class = keys(KDiffusion)
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.dpm2, at=self.point_of)
+        return partial(solvers.dpm2, at=self.point_of)
 
     def point(self, t: float, sigma: float, schedule: str = "") -> Point:
         return Point(float(round(t)) if schedule == "karras" else t, sigma)
@@ -154,30 +121,27 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """DPM-Solver-2 with ancestral noise: "DPM2 a"."""
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.dpm2, at=self.point_of, eta=1.0)
+        return partial(solvers.dpm2, at=self.point_of, eta=1.0)
 
 
-class DPMSolverSDEScheduler(VarianceExploding):
+class DPMSolverSDEScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS, "noise_sampler_seed"), **SD):
     """DPM-Solver++ (SDE) with noise from a Brownian path: "DPM++ SDE". One path per image; see ``brownian.py``."""
 
-    config_class = keys(KDiffusion, noise_sampler_seed=(int | tuple[int, ...] | None, None))
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.dpmpp_sde, at=self.point_of, seed=self.key("noise_sampler_seed"))
+        return partial(solvers.dpmpp_sde, at=self.point_of, seed=self.key("noise_sampler_seed"))
 
 
-class DPMSolverMultistepScheduler(Scheduler):
+class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP):
     """DPM-Solver and DPM-Solver++ that remember, 1M to 3M, and their SDE forms (arXiv:2206.00927, 2211.01095)."""
 
-    config_class = keys(Spaced, ZeroSNR, DPMSolver, euler_at_final=False, use_lu_lambdas=False)
     spare = 1
     takes_variance_noise = True
 
     def solver(self, steps: int, **options: Any) -> Solver:
         tail = max(self.tail(steps), int(self.key("euler_at_final")))
-        order = self.key("solver_order")
-        return functools.partial(multistep.dpm_multistep, method=self.method(), order=order, tail=tail)
+        return partial(multistep.multistep, rule=self.method(), order=self.key("solver_order"), tail=tail)
 
     def method(self) -> Exponential:
         name = self.key("algorithm_type")
@@ -189,14 +153,13 @@ class DPMSolverMultistepScheduler(Scheduler):
         return int(self.key("solver_order")) if self.key("lower_order_final") and steps < SHORT else 0
 
 
-class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
+class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler, keys=DPM, lower_order_final=False):
     """DPM-Solver and DPM-Solver++ in groups of steps that remember nothing of each other: "DPM++ 2S"."""
 
-    config_class = keys(DPMSolver, lower_order_final=False)
     takes_variance_noise = False
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(multistep.dpm_singlestep, method=self.method(), orders=self.orders(steps))
+        return partial(multistep.singlestep, method=self.method(), orders=self.orders(steps))
 
     def orders(self, steps: int) -> list[int]:
         """Groups 1, 2, … order; with ``lower_order_final``, or where the steps do not fit, the last one is shorter."""
@@ -210,64 +173,56 @@ class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler):
         return [*group * ((steps - rest) // order), *last[:-1], 1 if zero else last[-1]]
 
 
-class DEISMultistepScheduler(DPMSolverMultistepScheduler):
+class DEISMultistepScheduler(
+    DPMSolverMultistepScheduler, keys=(*SPACED, *HIGH_ORDER), algorithm_type="deis", solver_type="logrho"
+):
     """DEIS (arXiv:2204.13902), its log-rho form."""
 
-    config_class = keys(Spaced, DEIS)
     takes_variance_noise = False
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(multistep.deis, order=self.key("solver_order"), tail=self.tail(steps))
+        return partial(multistep.multistep, rule=multistep.deis, order=self.key("solver_order"), tail=self.tail(steps))
 
     def end(self) -> Point:
         return Point(0.0, self.table.sigma(0))
 
 
-class UniPCMultistepScheduler(Scheduler):
+class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2"):
     """UniPC (arXiv:2302.04867) of the orders 1 to 3, a predictor with a corrector."""
 
-    config_class = keys(Spaced, ZeroSNR, SigmaRange, UniPC)
     spare = 1
 
     def solver(self, steps: int, **options: Any) -> Solver:
         order = self.key("solver_order")
-        return functools.partial(
-            multistep.unipc,
-            method=Exponential(data=self.key("predict_x0"), bh1=self.key("solver_type") == "bh1"),
-            order=order,
-            tail=order if self.key("lower_order_final") else 0,
-            uncorrected={steps - number for number in self.key("disable_corrector")},
-        )
+        method = Exponential(data=self.key("predict_x0"), bh1=self.key("solver_type") == "bh1")
+        tail = order if self.key("lower_order_final") else 0
+        skipped = {steps - number for number in self.key("disable_corrector")}
+        return partial(multistep.unipc, method=method, order=order, tail=tail, uncorrected=skipped)
 
 
-class IPNDMScheduler(Scheduler):
+class IPNDMScheduler(Scheduler, keys=("trained_betas",), solver=IPNDM):
     """The improved PNDM of arXiv:2204.13902 on noise levels of its own, for models that predict v at t in 0..1."""
 
-    config_class = keys(SchedulerConfig, trained_betas=None)
     whole = False
-
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(multistep.plms, warm_up=False)
 
     def make_table(self) -> Table:
         return CosineTable()
+
+    def border(self, **options: Any) -> Border:
+        return Border(self.variance_preserving, "v_prediction")
 
     def place(self, steps: int) -> list[Point]:
         shares = np.sin(np.linspace(1, 0, steps + 1)[:-1] * math.pi / 2) ** 2
         return [self.point_at(math.asin(share) * 2 / math.pi) for share in shares]
 
-    def last_timestep(self) -> float:
-        return 1.0
 
-
-class LCMScheduler(Scheduler):
+class LCMScheduler(Scheduler, keys=DISTILLED, beta_schedule="scaled_linear", timestep_spacing="leading", **SD):
     """Latent consistency models (arXiv:2310.04378). The steps are those of the distillation, whatever the spacing."""
 
-    config_class = keys(Distilled, Limited, clip_sample=False, set_alpha_to_one=True)
     zero_snr = ALMOST_PURE_NOISE
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.lcm, scaling=self.key("timestep_scaling"))
+        return partial(solvers.lcm, scaling=self.key("timestep_scaling"))
 
     def place(self, steps: int) -> list[Point]:
         trained = self.key("original_inference_steps")
@@ -287,10 +242,10 @@ class TCDScheduler(LCMScheduler):
     options: ClassVar[Mapping[str, Any]] = {"eta": 0.3}
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.tcd, lower=lambda b: self.point_at(math.floor((1 - options["eta"]) * b.t)))
+        return partial(solvers.tcd, lower=lambda b: self.point_at(math.floor((1 - options["eta"]) * b.t)))
 
     def border(self, **options: Any) -> Border:
-        return Border(self.variance_preserving, self.key("prediction_type"))
+        return dataclasses.replace(super().border(), limited=None)
 
     def end(self) -> Point:
         return Point(0.0, self.table.sigma(0))
@@ -299,16 +254,15 @@ class TCDScheduler(LCMScheduler):
 # -- Russet's own
 
 
-class EulerChurnScheduler(EulerDiscreteScheduler):
+class EulerChurnScheduler(
+    EulerDiscreteScheduler,
+    keys=(*EULER, "s_churn", "s_tmin", "s_tmax"),
+    solver=partial(solvers.heun, second=False),
+):
     """Euler's method that adds a little noise before each step but the first (arXiv:2206.00364, algorithm 2).
 
     differs from Diffusers, whose ``step(s_churn=…)`` adds the noise after the model was called.
     """
-
-    config_class = keys(EulerDiscreteScheduler.config_class, Churn)
-
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.one_step, step=solvers.euler_step)
 
     def place(self, steps: int) -> list[Point]:
         first, *rest = super().place(steps)
@@ -318,32 +272,29 @@ class EulerChurnScheduler(EulerDiscreteScheduler):
         return [first, *(up if low <= p.sigma <= high else p for p, up in zip(rest, raised, strict=True))]
 
 
-class DPMSolverSinglestepAncestralScheduler(VarianceExploding):
+class DPMSolverSinglestepAncestralScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS), **SD):
     """DPM-Solver++(2S) with ancestral noise: k-diffusion's "DPM++ 2S a"."""
 
-    config_class = keys(KDiffusion)
     order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(solvers.dpmpp_2s_ancestral, at=self.point_of)
+        return partial(solvers.dpm2, at=self.point_of, data=True, eta=1.0)
 
 
-class IPNDMDiscreteScheduler(LMSDiscreteScheduler):
+class IPNDMDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS), solver=IPNDM):
     """The improved PNDM on the noise that the model was trained with."""
 
-    options: ClassVar[Mapping[str, Any]] = {}
 
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return functools.partial(multistep.plms, warm_up=False)
-
-
-class RestartScheduler(HeunDiscreteScheduler):
+class RestartScheduler(
+    HeunDiscreteScheduler,
+    keys=(*SPACED, *SIGMAS, *CLIPPING, "restart_times", "restart_sigma_min", "restart_sigma_max"),
+    use_karras_sigmas=True,
+    **SD,
+):
     """Restart sampling (arXiv:2306.14878): Heun's method that, near the end, adds noise and goes down once more.
 
     Of 20 steps or more, a quarter goes to each of ``restart_times`` ways from ``restart_sigma_max`` down again.
     """
-
-    config_class = keys(HeunDiscreteScheduler.config_class, Restart, use_karras_sigmas=True)
 
     def place(self, steps: int) -> list[Point]:
         each, times = steps // 4, self.key("restart_times")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from russet.schedulers.configs import SchedulerConfig, Trained
+from russet.schedulers.configs import SchedulerConfig
 
 ALMOST_PURE_NOISE = 2.0**-40  # the least alphas_cumprod: sigma = 2**20, so that no sigma is infinite
 
@@ -33,7 +33,7 @@ class Point:
 
 
 class Table:
-    """sigma(t) of a trained model. betas, alphas_cumprod: float32 [T], as Diffusers names them."""
+    """sigma(t) of a trained model. betas, alphas_cumprod: float32 [T], as Diffusers names them. last: the highest t."""
 
     def __init__(self, betas: Tensor, zero_snr: float | None = None):
         """zero_snr: the alphas_cumprod that stands for zero at the last step, after rescaling the betas to reach it."""
@@ -45,7 +45,7 @@ class Table:
         kept = self.alphas_cumprod.clamp(min=ALMOST_PURE_NOISE)
         self.sigmas = (((1 - kept) / kept) ** 0.5).double().numpy()
         self.log_sigmas = np.log(self.sigmas.astype(np.float32)).astype(np.float64)
-        self.grid = np.arange(len(self.sigmas))
+        self.grid, self.last = np.arange(len(self.sigmas)), float(len(self.sigmas) - 1)
 
     def sigma(self, t: float) -> float:
         return float(np.interp(t, self.grid, self.sigmas))
@@ -56,10 +56,12 @@ class Table:
 
 
 class CosineTable(Table):
-    """IPNDM's own noise levels: t in 0..1 and sigma = tan(pi t / 2), no betas."""
+    """IPNDM's own noise levels: t in 0..1 and sigma = tan(pi t / 2)."""
 
     def __init__(self) -> None:
-        self.sigmas = np.tan(np.linspace(0.0, 1.0, 1001)[:-1] * math.pi / 2)
+        self.sigmas, self.last = np.tan(np.linspace(0.0, 1.0, 1001)[:-1] * math.pi / 2), 1.0
+        self.alphas_cumprod = torch.from_numpy(1 / (1 + self.sigmas**2)).float()
+        self.betas = 1 - self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
 
     def sigma(self, t: float) -> float:
         return min(math.tan(t * math.pi / 2), 2.0**12)  # at t = 1 there is nothing but noise; kept finite
@@ -70,15 +72,14 @@ class CosineTable(Table):
 
 def betas_of(config: SchedulerConfig) -> Tensor:
     """The betas [T] that a config describes, float32."""
-    assert isinstance(config, Trained)
-    steps = config.num_train_timesteps
-    if config.trained_betas is not None:
-        return torch.tensor(config.trained_betas, dtype=torch.float32)
-    if config.beta_schedule == "squaredcos_cap_v2":
+    steps, start, end = config.num_train_timesteps, config.key("beta_start"), config.key("beta_end")
+    if config.key("trained_betas") is not None:
+        return torch.tensor(config.key("trained_betas"), dtype=torch.float32)
+    if config.key("beta_schedule") == "squaredcos_cap_v2":
         return cosine_betas(steps)
-    if config.beta_schedule == "scaled_linear":
-        return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, steps, dtype=torch.float32) ** 2
-    return torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32)
+    if config.key("beta_schedule") == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    return torch.linspace(start, end, steps, dtype=torch.float32)
 
 
 def cosine_betas(steps: int) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from russet.errors import InputError
@@ -38,6 +39,10 @@ class Border:
     def outward(self, x: Tensor, sigma: float) -> Tensor:
         return x / math.sqrt(1 + sigma**2) if self.variance_preserving else x
 
+    def noisy(self, x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        """An image's latents with standard normal noise at a noise level, in the public convention."""
+        return self.outward(x0.float() + sigma * noise.float(), sigma).to(x0.dtype)
+
     def x0(self, x: Tensor, output: Tensor, sigma: float) -> Tensor:
         """The image that the model's output stands for."""
         if self.prediction_type == "epsilon":
@@ -45,6 +50,23 @@ class Border:
         if self.prediction_type == "v_prediction":  # arXiv:2202.00512, section 4 and appendix D
             return x / (1 + sigma**2) - sigma / math.sqrt(1 + sigma**2) * output
         return output
+
+
+def clipped(limit: float) -> Callable[[Tensor], Tensor]:
+    return lambda x0: x0.clamp(-limit, limit)
+
+
+def thresholded(ratio: float, most: float) -> Callable[[Tensor], Tensor]:
+    """Dynamic thresholding (arXiv:2205.11487, section 2.3): each image scaled so that its ``ratio`` quantile fits."""
+
+    def limit(x0: Tensor) -> Tensor:
+        ordered = x0.abs().flatten(1).sort(dim=1).values  # not every torch has quantile and lerp on mps
+        place = ratio * (ordered.shape[1] - 1)
+        low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+        s = (low + (high - low) * (place - math.floor(place))).clamp(1, most).view(-1, *[1] * (x0.dim() - 1))
+        return torch.maximum(torch.minimum(x0, s), -s) / s
+
+    return limit
 
 
 @dataclass(frozen=True)
@@ -89,8 +111,7 @@ class Schedule:
 
     def add_noise(self, x0: Tensor, noise: Tensor) -> Tensor:
         """An image's latents with the noise of the first point, as ``run`` takes them; noise: standard normal."""
-        sigma = self.points[0].sigma
-        return self.border.outward(x0.float() + sigma * noise.float(), sigma).to(x0.dtype)
+        return self.border.noisy(x0, noise, self.points[0].sigma)
 
     def run(self, x: Tensor, noise: Callable[[], Tensor]) -> Run:
         """Begins a run. x: [B, C, h, w] latents at the first point, in the public convention.
@@ -114,8 +135,8 @@ class Run:
     All arithmetic is in float32; what goes out has the dtype of the latents that came in. Nothing is shared with other
     runs, and nothing is read back from the device.
 
-    t: where the model is to be evaluated next; None when the run is over.
-    x0: the last predicted image, None before the first.
+    point: where the model is to be evaluated next, and t, what it is told there; None when the run is over.
+    sigma: the noise level of the latents as they are. x0: the last predicted image, None before the first.
     """
 
     def __init__(self, schedule: Schedule, x: Tensor, noise: Noise):
@@ -136,7 +157,6 @@ class Run:
 
     @property
     def sigma(self) -> float:
-        """The noise level of the latents as they are."""
         return self.schedule.end.sigma if self.point is None else self.point.sigma
 
     @property
@@ -155,19 +175,18 @@ class Run:
 
     def add_noise(self, x0: Tensor, noise: Tensor) -> Tensor:
         """Another image's latents at the present noise level, in the public convention: to blend into ``latents``."""
-        return self.schedule.border.outward(x0.float() + self.sigma * noise.float(), self.sigma).to(self.dtype)
+        return self.schedule.border.noisy(x0, noise, self.sigma).to(self.dtype)
 
     def send(self, output: Tensor, unconditional: Tensor | None = None) -> None:
         """Takes the model's output for ``model_input`` and goes on to the next call.
 
         unconditional: the output for no prompt, where ``schedule.needs_unconditional`` says so (CFG++).
         """
-        border, point = self.schedule.border, self.point
+        border, point, x = self.schedule.border, self.point, self._x
         if point is None:
             raise InputError("the run is over: every step of its schedule has been made")
         if (unconditional is not None) != self.schedule.needs_unconditional:
             raise InputError("CFG++ samplers, and only those, take the output without the prompt beside the guided one")
-        x = self._x
         for given in (output, unconditional):
             if given is not None and given.shape != x.shape:
                 raise InputError(f"the model's output is {list(given.shape)}, but the latents are {list(x.shape)}")

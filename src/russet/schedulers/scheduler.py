@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from russet import arguments
+from russet.config import field_types
 from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
-from russet.schedulers import arguments
 from russet.schedulers.brownian import Noise, draw
-from russet.schedulers.configs import Trained
 from russet.schedulers.schedule import Run, Schedule
 from russet.schedulers.timetable import Timetable
 
 __all__ = ["Run", "Schedule", "Scheduler", "SchedulerOutput"]
+Times = float | Sequence[float] | Tensor
 
 
 class SchedulerOutput(NamedTuple):
@@ -36,15 +37,22 @@ class SchedulerOutput(NamedTuple):
 
 
 class Scheduler(Timetable):
-    """A scheduler as Diffusers' programs use it. The attributes and methods have Diffusers' names and meanings."""
+    """A scheduler as Diffusers' programs use it. The attributes and methods have Diffusers' names and meanings.
+
+    timesteps: what the model is told, call by call. sigmas: the noise level of each call, and last that of the end.
+    betas, alphas_cumprod: [T] float32. init_noise_sigma: what standard normal noise is multiplied with to start from.
+    begin_index, step_index: the call that the run begins at, and the one to come.
+    """
 
     takes_variance_noise: ClassVar[bool] = False
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         super().__init__(config, **changes)
-        self.num_inference_steps: int | None = None
+        self.betas, self.alphas_cumprod = self.table.betas, self.table.alphas_cumprod
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
         self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0])
+        self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
+        self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
         self._told: list[float] = []
         self._forget()
@@ -59,32 +67,17 @@ class Scheduler(Timetable):
         return self.config.num_train_timesteps
 
     @property
-    def betas(self) -> Tensor:
-        """[T] float32."""
-        return self.table.betas
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """[T] float32: 1 / (1 + sigma²)."""
-        return self.table.alphas_cumprod
-
-    @property
     def compatibles(self) -> list[type[Scheduler]]:
-        """The classes that this one's config can be given to."""
+        """The classes that this one's config can be given to: those on trained noise, or this one alone."""
 
         def below(cls: type[Scheduler]) -> list[type[Scheduler]]:
             return [other for child in cls.__subclasses__() for other in (child, *below(child))]
 
-        trained = isinstance(self.config, Trained)
-        known = [cls for cls in below(Scheduler) if hasattr(cls, "config_class")]
-        return [cls for cls in known if issubclass(cls.config_class, Trained) == trained]
+        def trained(cls: type[Scheduler]) -> bool:
+            return "beta_start" in field_types(cls.config_class)
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """What standard normal noise is multiplied with to start from."""
-        if self._plan is not None:
-            return self._plan.init_noise_sigma
-        return self.initial_sigma(float(self.table.sigmas[-1]))
+        known = [cls for cls in below(Scheduler) if hasattr(cls, "config_class")]
+        return [cls for cls in known if trained(cls) == trained(type(self))]
 
     # -- the run in progress
 
@@ -98,21 +91,18 @@ class Scheduler(Timetable):
         **unknown: Any,
     ) -> None:
         """Lays out the next run; see ``schedule``. ``timesteps`` [calls] is put on the device."""
-        arguments.known(f"{type(self).__name__}.set_timesteps", unknown, {})
+        arguments.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        kind = torch.int64 if self.whole else torch.float32  # never float64: mps has none
-        told = torch.tensor(plan.timesteps).to(kind)
+        told = torch.tensor(plan.timesteps).to(torch.int64 if self.whole else torch.float32)  # mps has no float64
         self._plan, self._told = plan, told.tolist()
         self.timesteps = told.to(device)
         self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma])
-        self.num_inference_steps = len(plan.points)
+        self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
         self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says that the run begins at ``timesteps[begin_index]`` (image to image)."""
-        if isinstance(begin_index, bool) or not isinstance(begin_index, int):
-            raise InputError(f"begin_index must be a whole number, not {begin_index!r}")
-        self.begin_index = begin_index
+        self.begin_index = arguments.integer("begin_index", begin_index, least=0)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The latents as the model takes them at a timestep."""
@@ -145,18 +135,23 @@ class Scheduler(Timetable):
         Raises:
             InputError: wrong shapes, a timestep that was not asked for, a step before ``set_timesteps``.
         """
-        sample = arguments.latents("sample", sample)
-        output = arguments.latents("model_output", model_output, like=sample)
-        source = self._noise_source(sample, generator, variance_noise)
-        call = self._call_of(timestep)
-        run = self._running(call, sample, source, self.read_options(options))
-        run.noise.draw = source
-        run.latents = sample
+        sample = arguments.batch("sample", sample)
+        output = arguments.batch("model_output", model_output, like=sample)
+        noise = self._noise(sample, generator, variance_noise)
+        plan, call, options = self._set_up(), self._call_of(timestep), self.read_options(options)
+        if self._run is None:
+            solver, border = self.solver(len(plan.points), **options), self.border(**options)
+            plan = self.from_call(dataclasses.replace(plan, solver=solver, border=border), call)
+            self._run, self._options = plan.run(sample, Noise(noise)), options
+        elif options != self._options:
+            raise InputError(f"the options of a run stay the same: it began with {self._options}, now came {options}")
+        run = self._run
+        run.noise.draw, run.latents = noise, sample
         run.send(output, unconditional)
-        assert run.x0 is not None
         self.step_index = call + 1
         if run.t is None:
             self._run = None
+        assert run.x0 is not None
         return SchedulerOutput(run.latents, run.x0) if return_dict else (run.latents, run.x0)
 
     def _set_up(self) -> Schedule:
@@ -164,16 +159,13 @@ class Scheduler(Timetable):
             raise InputError("call set_timesteps before the first step")
         return self._plan
 
-    def _running(self, call: int, sample: Tensor, source: Callable[[], Tensor], options: dict[str, Any]) -> Run:
-        """The run in progress, or one that begins with this call."""
-        if self._run is None:
-            plan = self._set_up()
-            solver, border = self.solver(len(plan.points), **options), self.border(**options)
-            plan = self.from_call(dataclasses.replace(plan, solver=solver, border=border), call)
-            self._run, self._options = plan.run(sample, Noise(source)), options
-        elif options != self._options:
-            raise InputError(f"the options of a run stay the same: it began with {self._options}, now came {options}")
-        return self._run
+    def _next(self) -> int | None:
+        """The call to come, where that is decided."""
+        return self.step_index if self.step_index is not None else self.begin_index
+
+    def _start_at(self, t: float) -> int | None:
+        """The first call at ``t`` that a step begins at."""
+        return next((call for call in self.starts(self._set_up()) if self._told[call] == t), None)
 
     def _call_of(self, timestep: float | Tensor | None) -> int:
         """Which of the plan's calls a timestep means.
@@ -182,17 +174,15 @@ class Scheduler(Timetable):
             InputError: it is not the next one, or, at the start of a run, none that a step begins at.
         """
         told, t = self._told, self._value_of(timestep)
-        if self.step_index is not None or self.begin_index is not None:
-            call = self.step_index if self.step_index is not None else self.begin_index or 0
-            if not 0 <= call < len(told):
-                raise InputError("every step has been made: call set_timesteps to begin again")
-            if t != told[call]:
-                raise InputError(f"step {call} is at timestep {told[call]}, not {t}; set_timesteps begins a new run")
-            return call
-        for call in self.starts(self._set_up()):
-            if told[call] == t:
-                return call
-        raise InputError(f"no step begins at timestep {t}; those of this run are {sorted(set(told), reverse=True)}")
+        if (call := self._next()) is None:
+            if (start := self._start_at(t)) is not None:
+                return start
+            raise InputError(f"no step begins at timestep {t}; those of this run are {sorted(set(told), reverse=True)}")
+        if call >= len(told):
+            raise InputError("every step has been made: call set_timesteps to begin again")
+        if t != told[call]:
+            raise InputError(f"step {call} is at timestep {told[call]}, not {t}; set_timesteps begins a new run")
+        return call
 
     def _value_of(self, timestep: float | Tensor | None) -> float:
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
@@ -205,35 +195,34 @@ class Scheduler(Timetable):
             raise ArgumentTypeError(f"a timestep must be one number, not {timestep!r}")
         return float(np.float32(float(timestep)))  # type: ignore[arg-type]  # as exact as ``timesteps`` is
 
-    def _noise_source(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
+    def _noise(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
-        if given is not None:
-            if not self.takes_variance_noise:
-                raise UnsupportedArgument(f"{type(self).__name__} does not take variance_noise; give a generator")
-            if generator is not None:
-                raise InputError("give a generator or variance_noise, not both")
-            noise = arguments.latents("variance_noise", given, like=sample).to(sample.device, torch.float32)
-            return lambda: noise
-        generators = arguments.generators(generator, len(sample))
-        return lambda: draw(sample.shape, generators, sample.device)
+        if given is None:
+            generators = arguments.generators(generator, len(sample))
+            return lambda: draw(sample.shape, generators, sample.device)
+        if not self.takes_variance_noise:
+            raise UnsupportedArgument(f"{type(self).__name__} does not take variance_noise; give a generator")
+        if generator is not None:
+            raise InputError("give a generator or variance_noise, not both")
+        noise = arguments.batch("variance_noise", given, like=sample).to(sample.device, torch.float32)
+        return lambda: noise
 
     # -- noise, for training and for starting in the middle
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """Latents [B, C, h, w] with the noise of ``timesteps``, one for all or one for each, in the public form."""
-        original_samples = arguments.latents("original_samples", original_samples)
-        noise = arguments.latents("noise", noise, like=original_samples).float()
-        signal, share = self._shares(original_samples, timesteps, self.variance_preserving)
-        return (signal * original_samples.float() + share * noise).to(original_samples.dtype)
+        image = arguments.batch("original_samples", original_samples)
+        noise = arguments.batch("noise", noise, like=image)
+        signal, share = self._shares(image, timesteps, self.variance_preserving)
+        return (signal * image.float() + share * noise.float()).to(image.dtype)
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """What a v_prediction model should answer for ``sample`` [B, C, h, w] with that noise."""
-        sample = arguments.latents("sample", sample)
-        noise = arguments.latents("noise", noise, like=sample).float()
-        signal, share = self._shares(sample, timesteps, variance_preserving=True)
-        return (signal * noise - share * sample.float()).to(sample.dtype)
+        image, noise = arguments.batch("sample", sample), arguments.batch("noise", noise, like=sample)
+        signal, share = self._shares(image, timesteps, variance_preserving=True)
+        return (signal * noise.float() - share * image.float()).to(image.dtype)
 
-    def _shares(self, like: Tensor, timesteps: Any, variance_preserving: bool) -> tuple[Tensor, Tensor]:
+    def _shares(self, like: Tensor, timesteps: Times, variance_preserving: bool) -> tuple[Tensor, Tensor]:
         """How much of the image and of the noise there is at each timestep, [B or 1, 1, 1, 1]."""
         values = torch.as_tensor(timesteps).flatten().tolist()
         if len(values) not in (1, len(like)):
@@ -245,11 +234,10 @@ class Scheduler(Timetable):
     def _sigma_of(self, t: float) -> float:
         """The noise level of a timestep: this run's where it has that timestep, the table's where it has not."""
         if self._plan is not None:
-            at = self.step_index if self.step_index is not None else self.begin_index
-            if at is not None and at < len(self._told) and self._told[at] == t:
-                return self._plan.calls[at].sigma
-            for call in self.starts(self._plan):
-                if self._told[call] == t:
-                    return self._plan.calls[call].sigma
-        arguments.inside("timesteps", [t], self.last_timestep())
+            call = self._next()
+            if call is None or call >= len(self._told) or self._told[call] != t:
+                call = self._start_at(t)
+            if call is not None:
+                return self._plan.calls[call].sigma
+        self.check_inside("timesteps", [t])
         return self.table.sigma(t)

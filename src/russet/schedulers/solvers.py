@@ -20,8 +20,6 @@ from russet.schedulers.brownian import Noise
 from russet.schedulers.noise import Point
 
 Steps = Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], Tensor]
-Step = Callable[[Tensor, Point, Point], Steps]
-Seed = int | Sequence[int] | None
 At = Callable[[float], Point]  # the point of a noise level
 
 
@@ -34,6 +32,11 @@ class Solver(Protocol):
 def pairs(points: Sequence[Point], end: Point) -> list[tuple[Point, Point]]:
     """From where to where each step goes."""
     return list(zip(points, [*points[1:], end], strict=True))
+
+
+def along(x: Tensor, x0: Tensor, a: Point, sigma: float) -> Tensor:
+    """Euler's step from a to a noise level: along the straight line through x and x0."""
+    return x0 + (x - x0) * (sigma / a.sigma)
 
 
 def ancestral(a: float, b: float, eta: float) -> tuple[float, float]:
@@ -49,7 +52,7 @@ def euler(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, eta: flo
     for a, b in pairs(points, end):
         x, x0 = yield x, a
         down, up = ancestral(a.sigma, b.sigma, eta)
-        x = x0 + (x - x0) * (down / a.sigma)
+        x = along(x, x0, a, down)
         if eta > 0:
             x = x + up * noise()
     return x
@@ -66,38 +69,32 @@ def ddpm_large(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> 
     return x
 
 
-def euler_step(x: Tensor, a: Point, b: Point) -> Steps:
-    x, x0 = yield x, a
-    return x0 + (x - x0) * (b.sigma / a.sigma)
+def heun(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, second: bool = True) -> Steps:
+    """Heun's method (arXiv:2206.00364, algorithm 1), or Euler's, that adds noise on arrival where the points say so.
 
-
-def heun_step(x: Tensor, a: Point, b: Point) -> Steps:
-    """From a to b with the mean of the slopes at both (arXiv:2206.00364, algorithm 1); to no noise at all, Euler's."""
-    x, x0 = yield x, a
-    start, slope = x, (x - x0) / a.sigma
-    x = x0 + slope * b.sigma
-    if b.sigma > 0:
-        x, x0 = yield x, b
-        x = start + (slope + (x - x0) / b.sigma) / 2 * (b.sigma - a.sigma)
-    return x
-
-
-def one_step(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, step: Step = heun_step) -> Steps:
-    """Heun's or Euler's method that adds noise on arrival where the points say so.
-
-    Once in each step that is the churn of arXiv:2206.00364, algorithm 2; once or twice in a run, far up, it is Restart
-    sampling (arXiv:2306.14878).
+    Once in each step that is the churn of that paper's algorithm 2; once or twice in a run, far up, it is Restart
+    sampling (arXiv:2306.14878). second: makes a step again with the mean of the slopes at both its ends.
     """
     for a, b in pairs(points, end):
         low = b.arrival or b
-        x = yield from step(x, a, low)
+        x, x0 = yield x, a
+        start, slope = x, (x - x0) / a.sigma
+        x = along(x, x0, a, low.sigma)
+        if second and low.sigma > 0:
+            x, x0 = yield x, low
+            x = start + (slope + (x - x0) / low.sigma) / 2 * (low.sigma - a.sigma)
         if low.sigma < b.sigma:
             x = x + math.sqrt(b.sigma**2 - low.sigma**2) * noise()
     return x
 
 
-def dpm2(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, eta: float = 0.0) -> Steps:
-    """DPM-Solver-2 (arXiv:2206.00927): the whole step with the slope of its middle; eta = 1 makes it ancestral."""
+def dpm2(
+    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, data: bool = False, eta: float = 0.0
+) -> Steps:
+    """DPM-Solver-2 (arXiv:2206.00927): the whole step with the noise that the model sees in its middle.
+
+    data: towards the image that it sees there, which is DPM-Solver++(2S) (arXiv:2211.01095). eta = 1: ancestral.
+    """
     for a, b in pairs(points, end):
         x, x0 = yield x, a
         down, up = ancestral(a.sigma, b.sigma, eta)
@@ -105,30 +102,16 @@ def dpm2(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, e
             x = x0
             continue
         start, middle = x, at(math.sqrt(a.sigma * down))
-        x, x0 = yield x0 + (x - x0) * (middle.sigma / a.sigma), middle
-        x = start + (x - x0) / middle.sigma * (down - a.sigma)
+        x, x0 = yield along(x, x0, a, middle.sigma), middle
+        x = along(start, x0, a, down) if data else start + (x - x0) / middle.sigma * (down - a.sigma)
         if eta > 0:
             x = x + up * noise()
     return x
 
 
-def dpmpp_2s_ancestral(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, eta: float = 1.0) -> Steps:
-    """DPM-Solver++(2S) (arXiv:2211.01095) with ancestral noise: the whole step towards the x0 of its middle."""
-    for a, b in pairs(points, end):
-        x, x0 = yield x, a
-        down, up = ancestral(a.sigma, b.sigma, eta)
-        if down == 0:
-            x = x0
-            continue
-        start, middle = x, at(math.sqrt(a.sigma * down))
-        x, x0 = yield x0 + (x - x0) * (middle.sigma / a.sigma), middle
-        x = x0 + (start - x0) * (down / a.sigma)
-        if eta > 0:
-            x = x + up * noise()
-    return x
-
-
-def dpmpp_sde(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, seed: Seed = None) -> Steps:
+def dpmpp_sde(
+    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, seed: int | Sequence[int] | None = None
+) -> Steps:
     """DPM-Solver++ (SDE) as k-diffusion has it: 2S with noise in the middle too, both taken from one Brownian path."""
     path = noise.path(seed)
     for a, b in pairs(points, end):
@@ -138,10 +121,9 @@ def dpmpp_sde(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: 
             continue
         start, middle = x, at(math.sqrt(a.sigma * b.sigma))
         down, up = ancestral(a.sigma, middle.sigma, 1.0)
-        x = x0 + (x - x0) * (down / a.sigma) + up * path(a.sigma, middle.sigma)
-        x, x0 = yield x, middle
+        x, x0 = yield along(x, x0, a, down) + up * path(a.sigma, middle.sigma), middle
         down, up = ancestral(a.sigma, b.sigma, 1.0)
-        x = x0 + (start - x0) * (down / a.sigma) + up * path(a.sigma, b.sigma)
+        x = along(start, x0, a, down) + up * path(a.sigma, b.sigma)
     return x
 
 
@@ -168,7 +150,7 @@ def tcd(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, lower: Cal
     for a, b in pairs(points, end):
         x, x0 = yield x, a
         low = lower(b) if b is not end else b
-        x = x0 + (x - x0) * (low.sigma / a.sigma)
+        x = along(x, x0, a, low.sigma)
         if low.sigma < b.sigma:
             x = x + math.sqrt(b.sigma**2 - low.sigma**2) * noise()
     return x

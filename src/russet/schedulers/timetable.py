@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
+from russet import arguments
 from russet.component import Component
-from russet.config import field_types
-from russet.errors import InputError
-from russet.schedulers import arguments, noise, spacing
-from russet.schedulers.configs import EVEN, SchedulerConfig
+from russet.errors import InputError, UnsupportedArgument
+from russet.schedulers import noise, spacing
+from russet.schedulers.configs import EVEN, SchedulerConfig, config_class
 from russet.schedulers.noise import Point, Table
-from russet.schedulers.schedule import Border, Schedule
+from russet.schedulers.schedule import Border, Schedule, clipped, thresholded
 from russet.schedulers.solvers import Solver
 
 
 class Timetable(Component):
     """The part of a scheduler that has no state. A subclass says which solver it drives and how its steps are placed.
 
-    variance_preserving: the latents outside are x / sqrt(1 + sigma²). whole: timesteps are whole numbers.
-    spare: steps that the spacing is laid out for and not made. whole_range: sigma schedules span the whole table, not
-    only the spaced timesteps. order: model calls a step. options: what a run can be told, with its defaults.
+    variance_preserving: the latents outside are x / sqrt(1 + sigma²); else the class is k-diffusion's kind, whose sigma
+    schedules span the spaced timesteps and not the whole table. whole: timesteps are whole numbers. spare: steps that
+    the spacing is laid out for and not made. order: model calls a step. options: what a run can be told, with defaults.
     """
 
     config_class: ClassVar[type[SchedulerConfig]]
@@ -35,19 +33,18 @@ class Timetable(Component):
     variance_preserving: ClassVar[bool] = True
     whole: ClassVar[bool] = True
     spare: ClassVar[int] = 0
-    whole_range: ClassVar[bool] = True
     needs_unconditional: ClassVar[bool] = False
     zero_snr: ClassVar[float] = 2.0**-24  # alphas_cumprod that stands for zero
     options: ClassVar[Mapping[str, Any]] = {}
 
-    def __init_subclass__(cls) -> None:
-        if "config_class" in vars(cls):  # the config is named after its scheduler, in errors and in pickles
-            made = cls.config_class
-            made.__name__, made.__module__, made.__qualname__ = (
-                cls.__name__,
-                cls.__module__,
-                f"{cls.__name__}.config_class",
-            )
+    _solver: ClassVar[Solver]
+
+    def __init_subclass__(cls, keys: Sequence[str] = (), solver: Solver | None = None, **defaults: Any) -> None:
+        """keys: the config's; defaults: where they are not the usual ones; solver: one that needs to know no more."""
+        if keys:
+            cls.config_class = config_class(cls, keys, defaults)
+        if solver is not None:
+            cls._solver = staticmethod(solver)
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         """
@@ -58,6 +55,7 @@ class Timetable(Component):
             ConfigError: a key that the class does not have, or a value that it cannot use.
         """
         self.config = self.config_class.of(config, changes)
+        self.key = self.config.key
         self.table = self.make_table()
 
     @classmethod
@@ -69,30 +67,21 @@ class Timetable(Component):
         """
         return cls(cls.config_class.merged(config, changes, cls.__name__))
 
-    def key(self, name: str, default: Any = None) -> Any:
-        """A value of the config, if the class has it; what was kept from another class does not count."""
-        return getattr(self.config, name) if name in field_types(type(self.config)) else default
-
     # -- what a subclass may say in its own way
 
     def solver(self, steps: int, **options: Any) -> Solver:
         """The solver for a run of ``steps``; the options are those of ``self.options``."""
-        raise NotImplementedError
+        return self._solver
 
     def make_table(self) -> Table:
-        rescale = self.key("rescale_betas_zero_snr", False)
-        return Table(noise.betas_of(self.config), self.zero_snr if rescale else None)
+        return Table(noise.betas_of(self.config), self.zero_snr if self.key("rescale_betas_zero_snr") else None)
 
     def border(self, **options: Any) -> Border:
-        limit = None
-        if self.key("thresholding", False):
+        limit = clipped(self.key("clip_sample_range")) if self.key("clip_sample") else None
+        if self.key("thresholding"):
             limit = thresholded(self.key("dynamic_thresholding_ratio"), self.key("sample_max_value"))
-        elif self.key("clip_sample", False):
-            limit = clipped(self.key("clip_sample_range"))
-        return Border(self.variance_preserving, self.key("prediction_type", "v_prediction"), limit)
-
-    def last_timestep(self) -> float:
-        return self.config.num_train_timesteps - 1
+        keeps_noise = not options.get("use_clipped_model_output", True)
+        return Border(self.variance_preserving, self.key("prediction_type"), limit, keeps_noise)
 
     def point(self, t: float, sigma: float, schedule: str = "") -> Point:
         """What the model is told at a noise level whose timestep is ``t``; ``schedule`` names where it comes from."""
@@ -108,26 +97,23 @@ class Timetable(Component):
 
     def place(self, steps: int) -> list[Point]:
         """Where ``steps`` steps start, by the config's spacing and sigma schedule."""
-        train, name = self.config.num_train_timesteps, self.key("timestep_spacing", "linspace")
-        unused = int((-np.log(self.table.sigmas) < self.key("lambda_min_clipped", -math.inf)).sum())
-        even = name if name in EVEN else "linspace"
-        offset = self.key("steps_offset", 0)
+        train, name, by_sigma = self.config.num_train_timesteps, self.key("timestep_spacing"), self.sigma_schedule()
+        unused = int((-np.log(self.table.sigmas) < self.key("lambda_min_clipped")).sum())
+        even, offset = name if name in EVEN else "linspace", self.key("steps_offset")
         times = spacing.timesteps(even, steps, train, last=train - unused, offset=offset, spare=self.spare)
-        if (by_sigma := self.sigma_schedule()) is None:
-            arguments.inside(f"the timesteps of {steps} steps", times[:1].tolist(), train - 1)
+        if by_sigma is None:
+            self.check_inside(f"the timesteps of {steps} steps", times[:1].tolist())
             points = [self.point_at(float(t)) for t in (times.round() if self.whole else times)]
             arguments.falling(f"the noise levels of {steps} steps", [point.sigma for point in points])
             return points
-        spaced = not self.whole_range and name in EVEN
-        low, high = (times[-1], times[0]) if spaced else (0, train - 1)
-        low = self.key("sigma_min") or self.table.sigma(low)
-        high = self.key("sigma_max") or self.table.sigma(high)
-        levels = spacing.sigmas(by_sigma, steps, low, high, self.table)
-        return [self.point_of(float(sigma), by_sigma) for sigma in levels]
+        spaced = not self.variance_preserving and name in EVEN
+        low, high = (self.table.sigma(t) for t in ((times[-1], times[0]) if spaced else (0, train - 1)))
+        ends = self.key("sigma_min") or low, self.key("sigma_max") or high
+        return [self.point_of(float(s), by_sigma) for s in spacing.sigmas(by_sigma, steps, *ends, self.table)]
 
     def end(self) -> Point:
         """Where the last step goes: to no noise at all, or to the noise of timestep 0."""
-        zero = self.key("final_sigmas_type", "zero") == "zero" and self.key("set_alpha_to_one", True)
+        zero = self.key("final_sigmas_type") == "zero" and self.key("set_alpha_to_one")
         return Point(0.0, 0.0 if zero else self.table.sigma(0))
 
     def starts(self, plan: Schedule) -> list[int]:
@@ -136,13 +122,8 @@ class Timetable(Component):
         return [last[id(point)] for point in plan.points]
 
     def from_call(self, plan: Schedule, call: int) -> Schedule:
-        """The rest of a plan, whose calls are the plan's own from ``call`` on.
-
-        Raises:
-            InputError: the call is in the middle of a step.
-        """
-        starts = self.starts(plan)
-        if call not in starts:
+        """The rest of a plan, whose calls are the plan's own from ``call`` on."""
+        if call not in (starts := self.starts(plan)):
             raise InputError(f"call {call} is inside a step; steps begin at the calls {starts}")
         return plan.start_at(starts.index(call))
 
@@ -168,64 +149,64 @@ class Timetable(Component):
         Raises:
             InputError: an argument that cannot be used.
         """
-        arguments.one_of(steps=steps, timesteps=timesteps, sigmas=sigmas)
-        options = self.read_options({**options, "eta": eta} if eta or "eta" in self.options else options)
-        end = self.end()
+        options, end = (
+            self.read_options({**options, "eta": eta} if eta or "eta" in self.options else options),
+            self.end(),
+        )
+        ways = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas}
+        if len(given := [name for name, value in ways.items() if value is not None]) != 1:
+            raise InputError(f"give exactly one of {', '.join(ways)}, not {' and '.join(given) or 'none'}")
         if steps is not None:
-            points = self.place(arguments.steps(steps, self.config.num_train_timesteps))
+            most = self.config.num_train_timesteps
+            points = self.place(arguments.integer("the number of steps", steps, least=1, most=most))
         elif timesteps is not None:
-            points = self._place_timesteps(arguments.numbers("timesteps", timesteps))
+            points = self.place_timesteps(arguments.numbers_list("timesteps", timesteps))
         else:
-            *levels, last = arguments.numbers("sigmas", sigmas)
-            arguments.falling("sigmas", [*levels, last])
-            if not levels or last < 0:
-                raise InputError(f"sigmas must be two or more, and end at 0 or above, not {[*levels, last]}")
-            points, end = [self.point_of(sigma) for sigma in levels], self.point_of(last)
+            levels = arguments.numbers_list("sigmas", sigmas)
+            arguments.falling("sigmas", levels)
+            if len(levels) < 2 or levels[-1] < 0:
+                raise InputError(f"sigmas must be two or more, and end at 0 or above, not {levels}")
+            *points, end = map(self.point_of, levels)
         solver, border = self.solver(len(points), **options), self.border(**options)
         initial = self.initial_sigma(points[0].sigma)
         return Schedule(tuple(points), end, solver, border, initial, self.order, self.needs_unconditional)
 
-    def _place_timesteps(self, timesteps: list[float]) -> list[Point]:
+    def place_timesteps(self, timesteps: list[float]) -> list[Point]:
         if chosen := self.sigma_schedule():
             raise InputError(f"timesteps cannot be given where the config asks for the sigma schedule {chosen}")
         arguments.falling("timesteps", timesteps)
-        arguments.inside("timesteps", timesteps, self.last_timestep(), self.whole)
+        self.check_inside("timesteps", timesteps, self.whole)
         return [self.point_at(t) for t in timesteps]
 
     def sigma_schedule(self) -> str | None:
         """The name of the sequence of noise levels, where the config asks for one."""
         for name in ("karras", "exponential", "beta"):
-            if self.key(f"use_{name}_sigmas", False):
+            if self.key(f"use_{name}_sigmas"):
                 return name
-        name = self.key("timestep_spacing", "linspace")
-        return "lu" if self.key("use_lu_lambdas", False) else None if name in EVEN else str(name)
+        name = self.key("timestep_spacing")
+        return "lu" if self.key("use_lu_lambdas") else None if name in EVEN else str(name)
 
     def initial_sigma(self, highest: float) -> float:
         """What standard normal noise is multiplied with to start from a noise level, as Diffusers does."""
         if self.variance_preserving:
             return 1.0
-        return math.sqrt(highest**2 + 1) if self.key("timestep_spacing", "linspace") == "leading" else highest
+        return math.sqrt(highest**2 + 1) if self.key("timestep_spacing") == "leading" else highest
 
     def read_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        arguments.known(type(self).__name__, given, self.options)
+        if unknown := given.keys() - self.options.keys():
+            has = f"it has {', '.join(self.options)}" if self.options else "it has no options"
+            raise UnsupportedArgument(f"{type(self).__name__} does not take {', '.join(unknown)}; {has}")
         options = {**self.options, **given}
         if "eta" in options:
-            options["eta"] = arguments.fraction("eta", options["eta"])
+            options["eta"] = arguments.number("eta", options["eta"], least=0, most=1)
         return options
 
-
-def clipped(limit: float) -> Callable[[Tensor], Tensor]:
-    return lambda x0: x0.clamp(-limit, limit)
-
-
-def thresholded(ratio: float, most: float) -> Callable[[Tensor], Tensor]:
-    """Dynamic thresholding (arXiv:2205.11487, section 2.3): each image scaled so that its ``ratio`` quantile fits."""
-
-    def limit(x0: Tensor) -> Tensor:
-        ordered = x0.abs().flatten(1).sort(dim=1).values  # not every torch has quantile and lerp on mps
-        place = ratio * (ordered.shape[1] - 1)
-        low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
-        s = (low + (high - low) * (place - math.floor(place))).clamp(1, most).view(-1, *[1] * (x0.dim() - 1))
-        return torch.maximum(torch.minimum(x0, s), -s) / s
-
-    return limit
+    def check_inside(self, name: str, timesteps: Sequence[float], whole: bool = False) -> None:
+        """Raises InputError unless all timesteps are in the table, and whole numbers where they have to be."""
+        for t in timesteps:
+            if not 0 <= t <= self.table.last:
+                raise InputError(
+                    f"{name} must lie in 0..{self.table.last:g}, where the model was trained; {t:g} does not"
+                )
+            if whole and t != round(t):
+                raise InputError(f"{name} must be whole numbers for this scheduler; {t:g} is none")
