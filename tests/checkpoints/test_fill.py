@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from russet.checkpoints.files import open_weights
-from russet.checkpoints.fill import build, check, fill, is_finite
+from russet.checkpoints.fill import BLOCK, build, check, fill, is_finite
 from russet.errors import ConfigError, CorruptFile, KeyMismatch
 
 from .made import Tiny, needs_float8
@@ -93,6 +93,19 @@ def test_weights_go_to_the_device_one_by_one(stored: Any, tiny_state: dict[str, 
     assert {(value.device.type, value.dtype) for value in model.state_dict().values()} == {("meta", torch.float16)}
 
 
+def test_values_that_stay_as_stored_are_the_file_and_all_others_are_copies(
+    stored: Any, tiny_state: dict[str, torch.Tensor]
+) -> None:
+    sources = stored(tiny_state)
+    kept, copied = build(Tiny, None), build(Tiny, None)
+    fill(kept, sources, "here")
+    starts = {value.data_ptr() - sources[name].offset for name, value in kept.state_dict().items()}
+    assert len(starts) == 1
+    fill(copied, sources, "here", dtype=torch.float64)
+    starts = {value.data_ptr() - sources[name].offset for name, value in copied.state_dict().items()}
+    assert len(starts) > 1
+
+
 class Tied(nn.Module):
     def __init__(self, config: Any = None) -> None:
         super().__init__()
@@ -168,6 +181,36 @@ def test_values_that_overflow_in_half_precision_are_reported(
 def test_finite_means_what_torch_means(values: list[float], dtype: torch.dtype) -> None:
     tensor = torch.tensor(values, dtype=dtype)
     assert is_finite(tensor) == bool(tensor.isfinite().all())
+
+
+@pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, 3 * BLOCK])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(at: int) -> None:
+    tensor = torch.zeros(3 * BLOCK + 1, dtype=torch.float16)
+    assert is_finite(tensor)
+    tensor[at] = -torch.inf
+    assert not is_finite(tensor)
+
+
+@needs_float8
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_that_is_not_a_number_is_found_too(dtype: str) -> None:
+    for values, finite in (([0.5, -448.0], True), ([0.5, float("nan")], False)):
+        assert is_finite(torch.tensor(values).to(getattr(torch, dtype))) == finite
+
+
+def test_types_are_compared_before_anything_is_read(tiny_state: dict[str, torch.Tensor]) -> None:
+    class Whole:
+        shape = (4, 3)
+        torch_dtype = torch.int8
+
+        def read(self, *, brief: bool = False) -> torch.Tensor:
+            raise AssertionError("read")
+
+    sources: Any = {name: Whole() for name in tiny_state}
+    for name, value in tiny_state.items():
+        sources[name].shape = tuple(value.shape)
+    with pytest.raises(CorruptFile, match="quantised"):
+        fill(build(Tiny, None), sources, "here")
 
 
 def test_quantised_weights_are_refused(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:

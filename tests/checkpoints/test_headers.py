@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from russet.checkpoints.files import open_weights
-from russet.checkpoints.stored import _MAPPED
 from russet.errors import CorruptFile, MissingFile, RussetError
 
 from .made import needs_float8, safetensors_bytes
@@ -127,61 +126,6 @@ def test_a_missing_file_a_folder_and_a_forbidden_file_are_told_apart(tmp_path: P
         open_weights(tmp_path / "nothing.safetensors")
     with pytest.raises(CorruptFile, match="is a folder"):
         open_weights(tmp_path)
-
-
-def test_a_file_that_changes_while_it_is_loaded_is_noticed(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(4)}, tmp_path / "x.safetensors")
-    tensor = open_weights(tmp_path / "x.safetensors").tensors["a"]
-    save_file({"a": torch.ones(4), "b": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(CorruptFile, match="changed while"):
-        tensor.read()
-
-
-def test_what_was_read_stays_when_the_file_is_gone(tmp_path: Path) -> None:
-    save_file({"a": torch.arange(1000.0)}, tmp_path / "x.safetensors")
-    value = open_weights(tmp_path / "x.safetensors").tensors["a"].read()
-    with open(tmp_path / "x.safetensors", "r+b") as file:
-        file.truncate(0)
-    assert torch.equal(value, torch.arange(1000.0))
-
-
-@pytest.fixture
-def cached(tmp_path: Path) -> Path:
-    """A file as huggingface_hub keeps it: a link from the snapshot to a blob."""
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshots").mkdir()
-    value = torch.arange(1000.0)
-    save_file({"a": value, "b": value.half(), "odd": torch.ones(3, dtype=torch.int8)}, tmp_path / "blobs" / "0123")
-    (tmp_path / "snapshots" / "x.safetensors").symlink_to(tmp_path / "blobs" / "0123")
-    return tmp_path / "snapshots" / "x.safetensors"
-
-
-def test_a_file_in_the_hubs_cache_is_mapped_once_and_let_go(cached: Path) -> None:
-    tensors = open_weights(cached).tensors
-    values = {name: tensor.read() for name, tensor in tensors.items()}
-    assert torch.equal(values["a"], torch.arange(1000.0))
-    assert torch.equal(values["b"], torch.arange(1000.0).half())
-    addresses = {values[name].data_ptr() - tensors[name].offset for name in values}
-    assert len(addresses) == 1  # parts of one mapping
-    assert len(_MAPPED) == 1
-    values.clear()
-    assert len(_MAPPED) == 0
-
-
-def test_what_is_mapped_can_be_changed_and_the_file_is_not(cached: Path) -> None:
-    before = cached.read_bytes()
-    value = open_weights(cached).tensors["a"].read()
-    value.zero_()
-    assert cached.read_bytes() == before
-    cached.resolve().unlink()
-    assert float(value.sum()) == 0
-
-
-def test_a_file_elsewhere_is_copied(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(4)}, tmp_path / "x.safetensors")
-    kept = open_weights(tmp_path / "x.safetensors").tensors["a"].read()
-    assert torch.equal(kept, torch.ones(4))
-    assert len(_MAPPED) == 0
 
 
 numbers = st.integers(-(1 << 70), 1 << 70) | st.integers(-4, 40)

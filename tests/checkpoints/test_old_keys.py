@@ -10,8 +10,9 @@ class Kept:
 
     def __init__(self, *shape: int) -> None:
         self.shape = shape
+        self.torch_dtype = torch.float32
 
-    def read(self) -> torch.Tensor:
+    def read(self, *, brief: bool = False) -> torch.Tensor:
         return torch.arange(float(torch.Size(self.shape).numel())).reshape(self.shape)
 
 

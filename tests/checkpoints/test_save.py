@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from russet.checkpoints import load, save
+from russet.checkpoints.files import open_weights
 from russet.checkpoints.stage import staged
 from russet.checkpoints.write import read_size, write_safetensors
 from russet.errors import ArgumentTypeError, CheckpointError, ConfigError, InputError
@@ -323,3 +324,12 @@ def test_tensors_of_every_type_are_written_as_safetensors_reads_them(tmp_path: P
         assert read[name].dtype == value.dtype
         assert read[name].shape == value.shape
         assert torch.equal(read[name].float(), value.float())
+
+
+@pytest.mark.parametrize("title", ["x", "x" * 31])
+def test_what_was_saved_lies_at_cache_lines(title: str, loaded: load.Loaded, tmp_path: Path) -> None:
+    """So that it can be used where it is mapped; the few tensors that do not fill whole lines come last."""
+    write_safetensors(tmp_path / "x.safetensors", {title: torch.ones(3), **loaded.components["unet"].state_dict()}, {})
+    tensors = open_weights(tmp_path / "x.safetensors").tensors.values()
+    assert all(tensor.offset % 64 == 0 or tensor.nbytes % 64 for tensor in tensors)
+    assert any(tensor.nbytes % 64 for tensor in tensors)

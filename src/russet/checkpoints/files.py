@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from russet.checkpoints.headers import read_header
-from russet.checkpoints.stored import Source, StoredFile, StoredTensor
+from russet.checkpoints.stored import Source, StoredTensor
+from russet.checkpoints.stored_file import StoredFile
 from russet.errors import CorruptFile, UnsafeFile
 from russet.smallfiles import read_json
 

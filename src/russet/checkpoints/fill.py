@@ -1,16 +1,17 @@
 """Weights into a model: built without memory, then filled strictly, tensor by tensor.
 
-A model is built on ``meta``, so nothing is allocated or initialised for nothing. Names and shapes are compared before
-the first byte is read; then each tensor is read, converted and put in place before the next one, so the peak is the
-model itself and the tensors in flight.
+A model is built on ``meta``, so nothing is allocated or initialised for nothing. Names, shapes and types are compared
+before the first byte is read. Values that stay as they are stored, on the CPU, are then views of the mapped file; all
+others are converted and moved tensor by tensor, so the peak is the model itself and the tensors in flight.
 """
 
 from __future__ import annotations
 
+import collections
 import logging
 import math
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,12 +25,15 @@ from russet.errors import ConfigError, CorruptFile, KeyMismatch, RussetError
 log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
 
 # Integers of as many bytes as a floating-point number has.
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
 
 SHOWN = 10  # names listed of each kind of mismatch
-READERS = 2  # tensors in flight: reading and converting let go of the interpreter's lock
+READERS = 2  # threads: reading, converting and checking let go of the interpreter's lock
+AHEAD = READERS  # tensors that wait, converted, to be put in place
+BLOCK = 1 << 17  # elements that are looked at together, so that the second look finds them in the processor's cache
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -100,29 +104,39 @@ def fill(
         KeyMismatch: names are missing or left over, or shapes differ; nothing was read then.
         CorruptFile: a file cannot be read, or stores whole numbers where the model has floating-point ones.
     """
-    places = _places(model)
     check(model, {name: source.shape for name, source in sources.items()}, where)
+    check_types(model, sources, where)
+    places, device = _places(model), torch.device(device)
 
-    def put(name: str) -> str | None:
-        value = sources[name].read()
-        kind = places[name][0].dtype
-        if value.dtype.is_floating_point != kind.is_floating_point:
-            raise CorruptFile(f"{where}: {name} is stored as {value.dtype}; quantised weights are not supported")
-        value = value.to((dtype or value.dtype) if kind.is_floating_point else kind)
+    def ready(name: str) -> tuple[str, torch.Tensor, bool]:
+        source, kind = sources[name], places[name][0].dtype
+        target = (dtype or source.torch_dtype) if kind.is_floating_point else kind
+        value = source.read(brief=source.torch_dtype != target or device.type != "cpu").to(target)
         sound = is_finite(value)
-        if value.dim() == 4:
-            value = value.contiguous(memory_format=memory_format)
-        _assign(places[name][1], value.to(device))
-        return None if sound else name
+        return name, value.contiguous(memory_format=memory_format) if value.dim() == 4 else value, sound
 
-    with ThreadPoolExecutor(READERS, thread_name_prefix="russet-load") as pool:
-        try:
-            broken = [name for name in pool.map(put, sources) if name]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    broken = []
+    for name, value, sound in _in_threads(ready, sources):
+        _assign(places[name][1], value.to(device))  # by this thread alone: not every device takes several at a time
+        if not sound:
+            broken.append(name)
     if broken:
         log.warning("%s: NaN or Inf in %s; pictures will be black or broken", where, _listed(broken))
+
+
+def _in_threads(work: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+    """The results of ``work`` in order, by threads that are only a few results ahead."""
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="russet-load")
+    waiting: collections.deque[Future[T]] = collections.deque()
+    try:
+        for name in names:
+            waiting.append(pool.submit(work, name))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def check(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -148,19 +162,35 @@ def check(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -
         )
 
 
+def check_types(model: nn.Module, sources: Mapping[str, Source], where: str) -> None:
+    """Compares the types in which tensors are stored with what ``model`` needs.
+
+    Raises:
+        CorruptFile: whole numbers where the model has floating-point ones or the other way round, or a type that the
+            installed torch does not have.
+    """
+    kinds = {name: target.dtype for name, target in model.state_dict(keep_vars=True).items()}
+    for name, source in sources.items():
+        if source.torch_dtype.is_floating_point != kinds[name].is_floating_point:
+            raise CorruptFile(f"{where}: {name} is stored as {source.torch_dtype}; quantised weights are not supported")
+
+
 def is_finite(value: torch.Tensor) -> bool:
-    """Whether no element is NaN or Inf, found on the bits: two passes of an integer maximum, no temporary tensor.
+    """Whether no element is NaN or Inf, found on the bits: an integer maximum of each sign, no temporary tensor.
 
     numpy, because torch would start threads of its own in each reader, which get in each other's way, and because torch
     1.13 knows no extremes of half precision.
     """
     if not value.is_floating_point() or value.numel() == 0:
         return True
+    if value.element_size() == 1:  # of the types of 8 bits, some have no infinity
+        value = value.to(torch.float16)
     signed, unsigned = _INTEGERS[value.element_size()]
-    bits = value.view(signed).numpy()
+    bits = value.contiguous().view(signed).numpy().reshape(-1)
     infinity = int(torch.tensor(math.inf, dtype=value.dtype).view(signed))
     sign = 1 << (8 * value.element_size() - 1)
-    return bool(bits.max() < infinity and bits.view(unsigned).max() < sign + infinity)
+    blocks = (bits[start : start + BLOCK] for start in range(0, len(bits), BLOCK))
+    return all(block.max() < infinity and block.view(unsigned).max() < sign + infinity for block in blocks)
 
 
 def _places(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str]]]]:

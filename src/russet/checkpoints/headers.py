@@ -11,7 +11,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, StoredFile, StoredTensor
+from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, StoredTensor
+from russet.checkpoints.stored_file import StoredFile
 from russet.errors import CorruptFile
 from russet.smallfiles import parse_json
 

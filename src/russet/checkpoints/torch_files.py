@@ -13,7 +13,8 @@ from typing import Any
 
 from russet.checkpoints import pickles
 from russet.checkpoints.pickles import Inert, unpickle
-from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, TORCH_NAMES, StoredFile, StoredTensor, row_major
+from russet.checkpoints.stored import ITEM_SIZES, RANK_LIMIT, TORCH_NAMES, StoredTensor, row_major
+from russet.checkpoints.stored_file import StoredFile
 from russet.checkpoints.zips import place, read_directory
 from russet.errors import CorruptFile
 

@@ -18,12 +18,22 @@ from russet.errors import ArgumentTypeError, InputError
 from russet.smallfiles import write_json
 
 _DTYPES = {f"torch.{torch_name}": name for name, torch_name in TORCH_NAMES.items()}
+ALIGNMENT = 64  # bytes of a cache line, at which a processor's kernels like numbers to begin
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file; largest elements first, so that every tensor is aligned to its own."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    """Writes a safetensors file that can be used in place when it is mapped.
+
+    The data begin at a cache line. The largest elements come first, so that every tensor is aligned to its own, and of
+    equal ones those that fill whole cache lines, which are nearly all, so that each of these begins at one too.
+    """
+
+    def rank(name: str) -> tuple[int, bool, str]:
+        value = tensors[name]
+        return -value.element_size(), value.numel() * value.element_size() % ALIGNMENT > 0, name
+
+    order = sorted(tensors, key=rank)
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name in order:
@@ -31,7 +41,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
         start, end = end, end + value.numel() * value.element_size()
         header[name] = {"dtype": _DTYPES[str(value.dtype)], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)

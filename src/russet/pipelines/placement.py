@@ -27,6 +27,7 @@ from russet.models.tiling import Tiling
 from russet.models.vae import AutoencoderKL
 
 CPU, META = torch.device("cpu"), torch.device("meta")
+CACHE_LINE = 64  # bytes; torch's allocator begins all that it gives at a multiple of this
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -111,9 +112,22 @@ def tiled(vae: AutoencoderKL, tile: Tile | None) -> Iterator[None]:
 
 def layout(module: nn.Module, memory_format: str) -> None:
     """Puts the weights of all convolutions in a memory format; other parameters have only one."""
+    wanted = MEMORY_FORMATS[memory_format]
     for child in module.modules():
-        if isinstance(child, nn.Conv2d):
-            child.weight.data = child.weight.data.contiguous(memory_format=MEMORY_FORMATS[memory_format])
+        if isinstance(child, nn.Conv2d) and not child.weight.is_contiguous(memory_format=wanted):
+            child.weight.data = child.weight.data.contiguous(memory_format=wanted)
+
+
+def align(module: nn.Module) -> None:
+    """Gives weights on the CPU that lie askew in a mapped file a place of their own, as good as torch itself gives.
+
+    The CPU's kernels round a little differently where numbers do not begin at a cache line, so that the same weights
+    would draw another picture out of another file.
+    """
+    for value in (*module.parameters(), *module.buffers()):
+        begins = value.storage_offset() == 0  # others are parts of what was laid together
+        if value.device.type == "cpu" and begins and value.data_ptr() % CACHE_LINE:
+            value.data = value.data.clone()
 
 
 def home(component: str, plan: Plan, device: torch.device) -> torch.device:
@@ -134,14 +148,20 @@ def is_at(network: nn.Module, place: torch.device) -> bool:
 
 
 def settle(component: str, network: nn.Module, plan: Plan, device: torch.device, draft: Draft | None) -> None:
-    """Puts a network on a device in the plan's precision and layout, its weights read again if they were dropped."""
+    """Puts a network on a device in the plan's precision, its weights read again if they were dropped.
+
+    Weights that move take the plan's layout on the way. Those on the CPU may be a mapped file's, which taking a layout
+    would copy; that waits until they work.
+    """
     dtype = dtype_named(plan.dtype(component))
     if next(network.parameters()).device == META and device != META:
         assert draft is not None, "weights are only dropped where they can be read again"
-        draft.refill(network, device=device, dtype=dtype, memory_format=MEMORY_FORMATS[plan.memory_format])
+        wanted = "contiguous" if device.type == "cpu" else plan.memory_format
+        draft.refill(network, device=device, dtype=dtype, memory_format=MEMORY_FORMATS[wanted])
         return
     network.to(device, dtype)
-    layout(network, plan.memory_format)
+    if device.type != "cpu":
+        layout(network, plan.memory_format)
 
 
 @contextlib.contextmanager
@@ -151,22 +171,27 @@ def at_work(
     """Has a network ready to work for as long as the block lasts, and puts it back where it rests."""
     rest = home(component, plan, device)
     if plan.offload == "sequential" and rest != device:
+        layout(network, plan.memory_format)
         with streamed(network, device):
             yield
     elif rest == device or (component == "text_encoder" and plan.text_encoder == "cpu"):
-        lay_together(network, plan)
+        prepare(network, plan)
         yield
     else:
         try:
             settle(component, network, plan, device, draft)
-            lay_together(network, plan)
+            prepare(network, plan)
             yield
         finally:
             network.to(rest)
 
 
-def lay_together(network: nn.Module, plan: Plan) -> None:
-    """Joins the weights that the plan wants multiplied at once; nothing to do where they are joined."""
+def prepare(network: nn.Module, plan: Plan) -> None:
+    """Gives weights that are about to work their layout and their place, and joins those that the plan wants multiplied
+    at once; nothing to do the second time.
+    """
+    layout(network, plan.memory_format)
+    align(network)
     if plan["joined_products"] and isinstance(network, Model):
         network.lay_together()
 
