@@ -91,6 +91,14 @@ def falling(name: str, values: Sequence[float]) -> None:
             raise InputError(f"{name} must fall from step to step; {after:g} comes after {before:g}")
 
 
+def span(name: str, value: Any) -> tuple[float, float]:
+    """A part of the way from 0 to 1: where it begins, and where it ends."""
+    ends = numbers_list(name, value)
+    if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
+        raise InputError(f"{name} must be two numbers, 0 <= start < end <= 1, not {shown(value)}")
+    return ends[0], ends[1]
+
+
 def tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
     """A finite floating-point tensor of a shape in which None stands for any size."""
     if not isinstance(value, Tensor):

@@ -283,6 +283,47 @@ def test_outputs_are_named_and_also_plain_tuples(pair, randn):
     assert torch.equal(ours(*inputs, return_dict=False)[0], output.sample)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_from_its_own_deep_map_a_call_gives_the_same_at_every_branch(name, pair, randn):
+    config = VARIANTS[name]
+    _, ours = pair(config)
+    x, context = randn(2, config.get("in_channels", 4), 13, 6), randn(2, 7, 12)
+    extra = conditions(config, 2, randn)
+    plain = ours(x, 601, context, **extra).sample
+    for branch in range(ours.deep_branches):
+        whole = ours(x, 601, context, **extra, deep_branch=branch)
+        assert torch.equal(whole.sample, plain)
+        again = ours(x, 601, context, **extra, deep_branch=branch, deep_map=whole.deep_map)
+        assert torch.equal(again.sample, plain)
+
+
+def test_a_call_from_a_deep_map_computes_only_what_lies_outside_of_it(pair, randn):
+    _, ours = pair(THREE)
+    x, context = randn(1, 4, 8, 8), randn(1, 7, 12)
+    _, kept = ours(x, 600, context, deep_branch=1)
+    ran = []
+    for part, module in ours.named_modules():
+        if part.split(".")[-2:-1] == ["resnets"]:
+            module.register_forward_hook(lambda *_, part=part: ran.append(part))
+    moved = ours(x + 1, 600, context, deep_branch=1, deep_map=kept).sample
+    assert ran == ["down_blocks.0.resnets.0", "up_blocks.2.resnets.0", "up_blocks.2.resnets.1"]
+    assert not torch.allclose(moved, ours(x + 1, 600, context).sample)
+    assert not torch.allclose(moved, ours(x + 1, 600, context, deep_branch=1, deep_map=kept + 1).sample)
+
+
+def test_a_deep_map_and_a_controlnet_do_not_go_together(pair, randn):
+    _, ours = pair(TINY)
+    x, context = randn(1, 4, 8, 8), randn(1, 7, 12)
+    _, kept = ours(x, 600, context, deep_branch=0)
+    residual = torch.zeros(1, 32, 4, 4)
+    with pytest.raises(InputError, match="ControlNet"):
+        ours(x, 600, context, deep_branch=0, deep_map=kept, mid_block_additional_residual=residual)
+    with pytest.raises(InputError, match="deep_branch"):
+        ours(x, 600, context, deep_map=kept)
+    with pytest.raises(InputError, match=r"from 0 to 2 .* not 3"):
+        ours(x, 600, context, deep_branch=3)
+
+
 def test_inference_mode_and_half_precision_work(pair, randn):
     _, ours = pair(TINY)
     whole = ours(randn(1, 4, 8, 8), 9, randn(1, 7, 12)).sample

@@ -22,15 +22,18 @@ class DownBlock(nn.Module):
         self.attentions = attentions(level, config)
         self.downsamplers = nn.ModuleList([Downsample(level.channels, config.downsample_padding)] if downsample else [])
 
-    def forward(self, x: Tensor, time: Time, text: Text) -> list[Tensor]:
-        """From a map [B, C, h, w], the time and the text to all maps made from it, in order."""
-        maps = []
+    def forward(self, x: Tensor, time: Time, text: Text, count: int | None = None) -> list[Tensor]:
+        """From a map [B, C, h, w], the time and the text to all maps made from it, in order, or the first ``count``."""
+        maps: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
+            if len(maps) == count:
+                return maps
             x = resnet(x, time)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x, text)
             maps.append(x)
-        maps.extend(downsample(x) for downsample in self.downsamplers)
+        if len(maps) != count:
+            maps.extend(downsample(x) for downsample in self.downsamplers)
         return maps
 
 
@@ -64,12 +67,19 @@ class UpBlock(nn.Module):
         self.attentions = attentions(level, config)
         self.upsamplers = nn.ModuleList([Upsample(level.channels)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Time, text: Text) -> Tensor:
-        """Takes its maps from the end of ``skips``; what is left there gives the size to upsample to."""
-        for i, resnet in enumerate(self.resnets):
+    def forward(
+        self, x: Tensor, skips: list[Tensor], time: Time, text: Text, start: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Takes its maps from the end of ``skips``; what is left there gives the size to upsample to.
+
+        ``start`` and ``end`` are those of a slice of its residual blocks; one that ends early does not upsample.
+        """
+        for i, resnet in list(enumerate(self.resnets))[start:end]:
             x = resnet(cat([x, skips.pop()], dim=1), time)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x, text)
+        if end is not None and end < len(self.resnets):
+            return x
         for upsample in self.upsamplers:
             x = upsample(x, (skips[-1].shape[2], skips[-1].shape[3]))
         return x

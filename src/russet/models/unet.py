@@ -24,6 +24,13 @@ class UNetOutput(NamedTuple):
     sample: Tensor
 
 
+class DeepOutput(NamedTuple):
+    """The same, and ``deep_map`` [B, C, h', w'], from which the rest of the way up began."""
+
+    sample: Tensor
+    deep_map: Tensor
+
+
 class UNet2DConditionModel(Conditioned, Stepping):
     """The denoiser of Stable Diffusion 1, 2 and XL, their inpainting and editing forms, and LCM.
 
@@ -46,6 +53,7 @@ class UNet2DConditionModel(Conditioned, Stepping):
         self.down_blocks = down_blocks(config)
         self.mid_block = mid_block(config)
         self.up_blocks = up_blocks(config)
+        self.up_counts = [len(level.depths) for level in config.up_levels]  # residual blocks of each
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         last = config.out_channels, config.conv_out_kernel
         self.conv_out = nn.Conv2d(first, *last, padding=config.conv_out_kernel // 2)
@@ -70,8 +78,10 @@ class UNet2DConditionModel(Conditioned, Stepping):
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
+        deep_branch: int | None = None,
+        deep_map: Tensor | None = None,
         return_dict: bool = True,
-    ) -> UNetOutput | tuple[Tensor]:
+    ) -> UNetOutput | DeepOutput | tuple[Tensor, ...]:
         """Predicts from noisy latents at one time.
 
         Args:
@@ -83,6 +93,9 @@ class UNet2DConditionModel(Conditioned, Stepping):
             added_cond_kwargs: for XL ``text_embeds`` [B, D], the pooled text, and ``time_ids`` [B, 6]: pixels.
             down_block_additional_residuals: ControlNet's maps, one for each map that the way down keeps.
             mid_block_additional_residual: ControlNet's map for the middle; both of these or none.
+            deep_branch: returns the map that enters the way up's residual block of this branch as well; 0 is the
+                outermost, which joins the first convolution's output (DeepCache, arXiv:2312.00858, section 3.2).
+            deep_map: that map from an earlier call. Only what lies outside of it is computed.
             return_dict: False gives a plain tuple.
 
         Raises:
@@ -96,15 +109,51 @@ class UNet2DConditionModel(Conditioned, Stepping):
         emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
         time = Time(emb, self.told)
 
+        start = 0 if deep_branch is None else self._start(deep_branch)
+        if deep_map is None:
+            maps = self._way_down(sample, time, text)
+            x = maps[-1] if self.mid_block is None else self.mid_block(maps[-1], time, text)
+            maps, x = _controlled(maps, x, down_block_additional_residuals, mid_block_additional_residual)
+            deep_map = self._way_up(x, maps, time, text, end=start)
+        elif deep_branch is None or (down_block_additional_residuals, mid_block_additional_residual) != (None, None):
+            raise InputError("a deep_map goes with its deep_branch, and with no ControlNet, which reaches deeper")
+        else:
+            maps = self._way_down(sample, time, text, count=deep_branch + 1)
+        x = self._way_up(deep_map, maps, time, text, start)
+        x = convolution(self.steps, self.steps.normed(x, self.conv_norm_out, self.act), self.conv_out)
+        if deep_branch is None:
+            return UNetOutput(x) if return_dict else (x,)
+        return DeepOutput(x, deep_map) if return_dict else (x, deep_map)
+
+    @property
+    def deep_branches(self) -> int:
+        """How many branches ``deep_branch`` can name: one for each map of the way down but the deepest."""
+        return sum(self.up_counts) - 1
+
+    def _start(self, branch: int) -> int:
+        """The number of the residual block on the way up that a branch joins."""
+        if branch not in range(self.deep_branches):
+            raise InputError(f"deep_branch must be from 0 to {self.deep_branches - 1} in this UNet, not {branch!r}")
+        return self.deep_branches - branch
+
+    def _way_down(self, sample: Tensor, time: Time, text: Text, count: int | None = None) -> list[Tensor]:
+        """The maps of the way down, or the first ``count`` of them."""
         maps = [convolution(self.steps, sample, self.conv_in)]
         for block in self.down_blocks:
-            maps += block(maps[-1], time, text)
-        x = maps[-1] if self.mid_block is None else self.mid_block(maps[-1], time, text)
-        maps, x = _controlled(maps, x, down_block_additional_residuals, mid_block_additional_residual)
-        for block in self.up_blocks:
-            x = block(x, maps, time, text)
-        x = convolution(self.steps, self.steps.normed(x, self.conv_norm_out, self.act), self.conv_out)
-        return UNetOutput(x) if return_dict else (x,)
+            left = None if count is None else count - len(maps)
+            if left != 0:
+                maps += block(maps[-1], time, text, left)
+        return maps
+
+    def _way_up(
+        self, x: Tensor, maps: list[Tensor], time: Time, text: Text, start: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Through the residual blocks of the way up from ``start`` to before ``end``, counted over all levels."""
+        for block, count in zip(self.up_blocks, self.up_counts, strict=True):
+            if start < count and (end is None or end > 0):
+                x = block(x, maps, time, text, start, end)
+            start, end = max(0, start - count), None if end is None else max(0, end - count)
+        return x
 
     def _check(self, sample: Tensor, context: Tensor) -> None:
         require_tensor("sample", sample)

@@ -22,7 +22,7 @@ from russet.models.base import Attending, Stepping
 
 log = logging.getLogger(__name__)
 
-Call = Callable[..., Tensor]
+Call = Callable[..., tuple[Tensor, ...]]
 
 KEPT = 4  # recordings: one more drops the one that was not used for longest
 
@@ -35,16 +35,16 @@ class Recording:
         self._given = [(x, x._version) for x in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._output = call(*self._inputs)
+            self._outputs = call(*self._inputs)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for i, x in enumerate(inputs):
             before, version = self._given[i]
             if x is not before or x._version != version:  # the text is the same in all steps
                 self._inputs[i].copy_(x)
                 self._given[i] = x, x._version
         self._graph.replay()
-        return self._output.clone()
+        return tuple(output.clone() for output in self._outputs)
 
 
 class Graphs:
@@ -55,7 +55,7 @@ class Graphs:
         self._pool: Any = None
         self._lock = threading.Lock()  # a recording's places in memory serve one call at a time
 
-    def run(self, name: Hashable, call: Call, inputs: Sequence[Tensor]) -> Tensor:
+    def run(self, name: Hashable, call: Call, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``call(*inputs)``, replayed where it was recorded. ``name`` tells calls apart that read other weights.
 
         What is recorded depends on the inputs' values in no way but through their tensors.

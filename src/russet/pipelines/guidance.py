@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor
 from russet.devices.plan import Plan
 from russet.models.transformer import Text
 from russet.models.unet import UNet2DConditionModel
+from russet.pipelines.deep_cache import DeepCache, UNetCall, deep_cached, plain
 from russet.pipelines.engine import Predict
 from russet.pipelines.graphs import Graphs, identity
+
+ALWAYS = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,22 @@ class Guidance:
     scale: how far to go from the unconditional towards the conditional answer; 1 and below is no guidance.
     rescale: 0..1, how much of the guided answer's contrast is set back (arXiv:2305.08891, section 3.4).
     both: whether the solver needs the answer without the prompt as well (CFG++, arXiv:2406.08070).
+    times: the lowest and the highest timestep that the model is guided at (arXiv:2404.07724); at others it is asked
+        with the prompt alone, and that answer is taken.
     """
 
     scale: float = 7.5
     rescale: float = 0.0
     both: bool = False
+    times: tuple[float, float] = ALWAYS
 
     @property
     def wanted(self) -> bool:
         return self.scale > 1 or self.both
+
+    def guides(self, t: float) -> bool:
+        """Whether the model is guided at a timestep."""
+        return self.times[0] <= t <= self.times[1]
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,11 @@ class Conditioning:
         """[2B, N, D] with the negative half first, or [B, N, D] without guidance."""
         return self.positive if self.negative is None else torch.cat([self.negative, self.positive])
 
+    @property
+    def alone(self) -> Conditioning:
+        """The same without a negative half."""
+        return Conditioning(self.positive)
+
     def rows(self, start: int, stop: int) -> Conditioning:
         """The part that belongs to some of the images."""
         return Conditioning(self.positive[start:stop], None if self.negative is None else self.negative[start:stop])
@@ -64,30 +79,48 @@ class Conditioning:
 
 
 def predictor(
-    unet: UNet2DConditionModel, conditioning: Conditioning, guidance: Guidance, plan: Plan, graphs: Graphs | None = None
+    unet: UNet2DConditionModel,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    plan: Plan,
+    graphs: Graphs | None = None,
+    cache: DeepCache | None = None,
 ) -> Predict:
-    """The denoiser of one run: guided where there is a negative half, as many images to a call as the plan says."""
-    at_once = plan.micro_batch
+    """The denoiser of one run: guided where there is a negative half, as many images to a call as the plan says.
+
+    Where guidance pauses a call has one row for each image and not two, and so may take twice as many images.
+    """
     graphs = graphs if plan["graphs"] else None
 
+    def of(told: Conditioning, at_once: int) -> Predict:
+        starts = range(0, len(told.positive), at_once)
+        return micro_batched([part(told.rows(start, start + at_once)) for start in starts], at_once)
+
     def part(rows: Conditioning) -> Predict:
-        bare = unet_predict(unet, rows.joined, guidance, read_once=plan["text_keys"] == "kept", graphs=graphs)
-        return bare if rows.negative is None else guided(bare, guidance)
+        call = unet_call(unet, rows.joined, guidance, read_once=plan["text_keys"] == "kept", graphs=graphs)
+        bare = plain(call) if cache is None else deep_cached(call, cache)
+        if rows.negative is not None:
+            return guided(bare, guidance)
+        return in_both_places(bare) if guidance.both else bare
 
-    images = conditioning.positive.shape[0]
-    starts = range(0, images, at_once)
-    return micro_batched([part(conditioning.rows(start, start + at_once)) for start in starts], at_once)
+    if conditioning.negative is None or guidance.times == ALWAYS:
+        return of(conditioning, plan.micro_batch)
+    return within(
+        guidance.guides,
+        lambda: of(conditioning, plan.micro_batch),
+        lambda: of(conditioning.alone, 2 * plan.micro_batch),
+    )
 
 
-def unet_predict(
+def unet_call(
     unet: UNet2DConditionModel,
     context: Tensor,
     guidance: Guidance,
     *,
     read_once: bool = False,
     graphs: Graphs | None = None,
-) -> Predict:
-    """The bare denoiser for context [B, N, D]. Works in the UNet's precision, answers in float32.
+) -> UNetCall:
+    """The UNet with its conditioning [B, N, D]. Works in its own precision, answers in float32.
 
     ``read_once``: every layer's keys and values of the text are kept from the first call on. ``graphs``: calls are
     recorded there, and replayed.
@@ -101,23 +134,54 @@ def unet_predict(
         text = unet.read(context) if read_once else Text(context)
         return text, None if graphs is None else identity(unet)
 
-    def predict(x: Tensor, t: float) -> Tensor:
+    def call(
+        x: Tensor, t: float, *, deep_branch: int | None = None, deep_map: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         text, name = prepared()
         if graphs is None or name is None:
-            return called(x, t, text, told)
-        extra = [] if told is None else [told]
-        inputs = [x, torch.full((1,), t, dtype=torch.float32, device=x.device), *extra, *text.tensors()]
-        return graphs.run(name, recordable, inputs)
+            return called(x, t, text, told, deep_branch, deep_map)
+        optional = [tensor for tensor in (told, deep_map) if tensor is not None]
 
-    def recordable(x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
-        scale, tensors = (None, rest) if told is None else (rest[0], rest[1:])
-        return called(x, t, prepared()[0].of(tensors), scale)
+        def recordable(x: Tensor, t: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            left = iter(rest)
+            scale, deep = (None if tensor is None else next(left) for tensor in (told, deep_map))
+            return called(x, t, text.of(tuple(left)), scale, deep_branch, deep)
 
-    def called(x: Tensor, t: float | Tensor, text: Text, told: Tensor | None) -> Tensor:
-        output: Tensor = unet(x.to(unet.dtype), t, text, timestep_cond=told, return_dict=False)[0]
-        return output.float()
+        inputs = [x, torch.full((1,), t, dtype=torch.float32, device=x.device), *optional, *text.tensors()]
+        return graphs.run((name, deep_branch, deep_map is None), recordable, inputs)
+
+    def called(
+        x: Tensor, t: float | Tensor, text: Text, told: Tensor | None, branch: int | None, deep: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        output, *kept = unet(
+            x.to(unet.dtype), t, text, timestep_cond=told, deep_branch=branch, deep_map=deep, return_dict=False
+        )
+        return output.float(), *kept
+
+    return call
+
+
+def within(guides: Callable[[float], bool], inside: Callable[[], Predict], outside: Callable[[], Predict]) -> Predict:
+    """One denoiser for the times that ``guides`` names, another one for all others.
+
+    Each is made when its times begin: what a denoiser remembers from step to step must not outlive a pause.
+    """
+    here: bool | None = None
+    current: Predict
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        nonlocal here, current
+        if guides(t) != here:
+            here = guides(t)
+            current = inside() if here else outside()
+        return current(x, t)
 
     return predict
+
+
+def in_both_places(bare: Predict) -> Predict:
+    """For solvers that want the answer without the prompt too, where there is no guidance: the same one twice."""
+    return lambda x, t: torch.cat([bare(x, t)] * 2, dim=1)
 
 
 def guided(pair: Predict, guidance: Guidance) -> Predict:

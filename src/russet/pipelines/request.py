@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from russet import arguments
 from russet.errors import ArgumentTypeError, InputError
-from russet.pipelines.guidance import Guidance
+from russet.pipelines.guidance import ALWAYS, Guidance
 from russet.pipelines.start import generators_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -24,7 +24,7 @@ class Geometry:
 
     sample: latents' default height and width. channels: of the latents. factor: pixels per latent along an edge.
     tokens: N of the conditioning. features: D of the conditioning. layers: of the text encoder.
-    reads_text: whether there is a text encoder.
+    reads_text: whether there is a text encoder. told_scale: whether the UNet was distilled to be told guidance's scale.
     """
 
     sample: tuple[int, int]
@@ -34,6 +34,7 @@ class Geometry:
     features: int
     layers: int
     reads_text: bool = True
+    told_scale: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +71,12 @@ class TextToImage:
         return self.prompt_count * self.images_per_prompt
 
     @classmethod
-    def of(cls, geometry: Geometry, given: dict[str, Any], *, both: bool = False) -> TextToImage:
+    def of(
+        cls, geometry: Geometry, given: dict[str, Any], *, both: bool = False, last_timestep: float = 999
+    ) -> TextToImage:
         """Checks the pipeline's arguments ``given`` and returns the request that they make.
 
-        ``both``: whether the solver always needs guidance's two answers (CFG++).
+        ``both``: whether the solver always needs guidance's two answers (CFG++). ``last_timestep``: the noisiest.
 
         Raises:
             InputError, ArgumentTypeError: an argument has a wrong value or type, or does not go with another.
@@ -82,6 +85,7 @@ class TextToImage:
             arguments.number("guidance_scale", given["guidance_scale"]),
             arguments.number("guidance_rescale", given["guidance_rescale"], least=0.0, most=1.0),
             both,
+            read_guided_times(given, geometry, last_timestep),
         )
         prompts, negatives = read_prompts(given)
         embeds, negative_embeds = read_embeds(given, geometry)
@@ -117,6 +121,19 @@ class TextToImage:
             callback=None if callback is None else arguments.function("callback_on_step_end", callback),
             callback_tensors=read_callback_tensors(given["callback_on_step_end_tensor_inputs"]),
         )
+
+
+def read_guided_times(given: dict[str, Any], geometry: Geometry, last_timestep: float) -> tuple[float, float]:
+    """The timesteps, lowest and highest, that guidance's interval leaves guided."""
+    if given["guidance_interval"] is None:
+        return ALWAYS
+    if geometry.told_scale:
+        raise InputError(
+            "guidance_interval makes no sense with this UNet: it was distilled to be told guidance_scale, and is asked "
+            "once at every step as it is"
+        )
+    start, end = arguments.span("guidance_interval", given["guidance_interval"])
+    return ALWAYS if (start, end) == (0, 1) else ((1 - end) * last_timestep, (1 - start) * last_timestep)
 
 
 def read_prompts(given: dict[str, Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:

@@ -37,13 +37,21 @@ class Sampling:
         self.request = request
         self.conditioning = conditioning
         self.guidance = request.guidance
+        self.cache = pipe.deep_cache
+        if self.cache is not None:
+            self.cache = dataclasses.replace(self.cache, last_timestep=pipe.scheduler.last_timestep())
         self.plan = plan
         self.notes: list[str] = []
         self.aim()
 
     def aim(self) -> None:
-        """Makes the denoiser anew, for what the conditioning, the guidance or the UNet's arithmetic is by now."""
-        self.predict = predictor(self.pipe.unet, self.conditioning, self.guidance, self.plan, self.pipe.graphs)
+        """Makes the denoiser anew, for what the conditioning, the guidance or the UNet's arithmetic is by now.
+
+        It may remember its calls, so each passage has one of its own.
+        """
+        self.predict = predictor(
+            self.pipe.unet, self.conditioning, self.guidance, self.plan, self.pipe.graphs, self.cache
+        )
 
     def from_noise(self, schedule: Schedule, noise: NoiseSource, start: Tensor) -> Tensor:
         """Starting noise of deviation 1 → latents at the end of the schedule, or where the run was interrupted.

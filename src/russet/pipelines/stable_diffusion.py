@@ -101,6 +101,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
         clip_skip: int | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -124,6 +125,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
             output_type: "pil", "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1) or "latent".
             return_dict: False returns the tuple (images, nsfw_content_detected).
             guidance_rescale: 0..1, against overexposure from guidance (arXiv:2305.08891, section 3.4).
+            guidance_interval: (start, end), the part of the noise schedule to guide in (arXiv:2404.07724); elsewhere
+                the UNet is asked with the prompt alone, which is half the work. 0 is the noisiest timestep that the
+                model knows and 1 the cleanest, however many steps there are: guided are the timesteps from
+                (1 - end) * 999 to (1 - start) * 999, both included. None or (0, 1) guides everywhere.
             clip_skip: how many of the text encoder's last layers to leave out for the prompt.
             callback_on_step_end: called as ``f(pipe, index, t, tensors)`` after every model call. What it returns,
                 a dict of the same names, replaces those tensors.
@@ -156,12 +161,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 "negative_prompt_embeds": negative_prompt_embeds,
                 "output_type": output_type,
                 "guidance_rescale": guidance_rescale,
+                "guidance_interval": guidance_interval,
                 "clip_skip": clip_skip,
                 "callback_on_step_end": callback_on_step_end,
                 "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
                 "seed": seed,
             },
             both=self.scheduler.needs_unconditional,
+            last_timestep=self.scheduler.last_timestep(),
         )
         output = self.draw(request)
         return output if return_dict else output.to_tuple()
@@ -291,6 +298,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             tokens=text.config.max_position_embeddings if text is not None else 77,
             layers=text.config.num_hidden_layers if text is not None else 1,
             reads_text=text is not None and self.tokenizer is not None,
+            told_scale=unet.time_cond_proj_dim is not None,
         )
 
     def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
