@@ -39,7 +39,7 @@ class Sampling:
         self.guidance = request.guidance
         self.cache = pipe.deep_cache
         if self.cache is not None:
-            self.cache = dataclasses.replace(self.cache, last_timestep=pipe.scheduler.last_timestep())
+            self.cache = dataclasses.replace(self.cache, last_timestep=pipe.scheduler.table.last)
         self.plan = plan
         self.notes: list[str] = []
         self.aim()

@@ -168,7 +168,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
                 "seed": seed,
             },
             both=self.scheduler.needs_unconditional,
-            last_timestep=self.scheduler.last_timestep(),
+            last_timestep=self.scheduler.table.last,
         )
         output = self.draw(request)
         return output if return_dict else output.to_tuple()
