@@ -95,7 +95,7 @@ Denoised = Callable[[Tensor, float], Tensor]
 def exact(noise: Tensor, high: float, low: float = 1e-3) -> Tensor:
     """Where the probability-flow equation leads from ``high * noise``, in float64 and 600 steps of the third order."""
     *points, end = (Point(0.0, float(sigma)) for sigma in spacing.polyexponential(601, low, high))
-    method, orders = exponential.Exponential(exact=True), [1, 2, 3] * 200
+    method, orders = exponential.Exponential("heun"), [1, 2, 3] * 200
     x = high * noise.double()
     steps = multistep.singlestep(x, points, end, Noise(lambda: x), method, orders)
     try:

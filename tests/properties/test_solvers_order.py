@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -56,17 +57,17 @@ def by(rule: multistep.Rule, order: int) -> Solver:
     return functools.partial(multistep.multistep, rule=rule, order=order)
 
 
-def multi(order: int, **method: bool) -> Solver:
+def multi(order: int, **method: Any) -> Solver:
     return by(Exponential(**method), order)
 
 
-def single(order: int, steps: int, **method: bool) -> Solver:
+def single(order: int, steps: int, **method: Any) -> Solver:
     orders = [*range(1, order + 1)] * (steps // order)
     return functools.partial(multistep.singlestep, method=Exponential(**method), orders=orders)
 
 
-def uni(order: int, **method: bool) -> Solver:
-    return functools.partial(multistep.unipc, method=Exponential(**method), order=order)
+def uni(order: int, kind: str = "bh2", data: bool = True) -> Solver:
+    return functools.partial(by(Exponential(kind, data), order), corrected=range(1, 1000))
 
 
 RUNGE_KUTTA = functools.partial(multistep.runge_kutta_start, middle=lambda a, b: at((a.sigma + b.sigma) / 2))
@@ -74,7 +75,7 @@ RUNGE_KUTTA = functools.partial(multistep.runge_kutta_start, middle=lambda a, b:
 
 @functools.cache
 def exact() -> Tensor:
-    return solved(single(3, 1200, exact=True), 1200)
+    return solved(single(3, 1200, kind="heun"), 1200)
 
 
 # name: (order, solver for a number of steps). UniPC's corrector raises its order by one, as its paper says.
@@ -86,26 +87,26 @@ SOLVERS: dict[str, tuple[int, Callable[[int], Solver]]] = {
     "dpm++ 2S": (2, lambda n: functools.partial(solvers.dpm2, at=at, data=True)),
     "plms": (2, lambda n: functools.partial(multistep.pndm, start=multistep.heun_start, starts=1)),
     "pndm": (2, lambda n: functools.partial(multistep.pndm, start=RUNGE_KUTTA, starts=3)),
-    "ipndm": (2, lambda n: by(multistep.adams, 4)),
-    "lms 1": (1, lambda n: by(multistep.lms, 1)),
-    "lms 2": (2, lambda n: by(multistep.lms, 2)),
-    "lms 3": (3, lambda n: by(multistep.lms, 3)),
-    "deis 2": (2, lambda n: by(multistep.deis, 2)),
-    "deis 3": (3, lambda n: by(multistep.deis, 3)),
+    "ipndm": (2, lambda n: by(functools.partial(multistep.adams, even=True), 4)),
+    "lms 1": (1, lambda n: by(multistep.adams, 1)),
+    "lms 2": (2, lambda n: by(multistep.adams, 2)),
+    "lms 3": (3, lambda n: by(multistep.adams, 3)),
+    "deis 2": (2, lambda n: multi(2, kind="logrho", data=False)),
+    "deis 3": (3, lambda n: multi(3, kind="logrho", data=False)),
     "dpm++ 1M": (1, lambda n: multi(1)),
     "dpm++ 2M": (2, lambda n: multi(2)),
-    "dpm++ 2M heun": (2, lambda n: multi(2, exact=True)),
+    "dpm++ 2M heun": (2, lambda n: multi(2, kind="heun")),
     "dpm++ 3M": (2, lambda n: multi(3)),  # "midpoint" takes half of the second derivative, as Diffusers does
-    "dpm++ 3M heun": (3, lambda n: multi(3, exact=True)),
+    "dpm++ 3M heun": (3, lambda n: multi(3, kind="heun")),
     "dpm 2M": (2, lambda n: multi(2, data=False)),
-    "dpm 3M heun": (3, lambda n: multi(3, data=False, exact=True)),
+    "dpm 3M heun": (3, lambda n: multi(3, data=False, kind="heun")),
     "dpm++ 2S by groups": (2, lambda n: single(2, n)),
     "dpm 2S by groups": (2, lambda n: single(2, n, data=False)),
-    "dpm++ 3S by groups": (3, lambda n: single(3, n, exact=True)),
+    "dpm++ 3S by groups": (3, lambda n: single(3, n, kind="heun")),
     "unipc 1": (2, lambda n: uni(1)),
     "unipc 2": (3, lambda n: uni(2)),
     "unipc 3": (4, lambda n: uni(3)),
-    "unipc 2 bh1": (3, lambda n: uni(2, bh1=True)),
+    "unipc 2 bh1": (3, lambda n: uni(2, "bh1")),
     "unipc 2 eps": (3, lambda n: uni(2, data=False)),
 }
 
@@ -119,5 +120,5 @@ def test_the_error_falls_with_the_stated_order(name: str) -> None:
 
 def test_the_fourth_order_of_lms_is_nearly_reached() -> None:
     """Its first steps are of lower orders, whose error remains."""
-    coarse, fine = (float((solved(by(multistep.lms, 4), n) - exact()).norm()) for n in (96, 192))
+    coarse, fine = (float((solved(by(multistep.adams, 4), n) - exact()).norm()) for n in (96, 192))
     assert math.log2(coarse / fine) > 3.3

@@ -120,7 +120,8 @@ class SchedulerConfig(Config):
         return getattr(self, name) if name in field_types(type(self)) else KEYS[name].default
 
     def check(self) -> None:
-        for name in field_types(type(self)):
+        fields, steps = field_types(type(self)), self.num_train_timesteps
+        for name in fields:
             value, key = self[name], KEYS[name]
             if key.choices:
                 wanted = " or ".join(map(repr, self.known[name]))
@@ -128,7 +129,7 @@ class SchedulerConfig(Config):
             upper = f"..{key.most}" if key.most < math.inf else " or more"
             inside = key.least == -math.inf or key.least <= value <= key.most
             self.require(inside, f"{name} must be {key.least}{upper}, not {value}")
-        betas, steps, lowest = self.key("trained_betas"), self.num_train_timesteps, self.key("lambda_min_clipped")
+        betas, lowest = self.key("trained_betas"), self.key("lambda_min_clipped")
         used = betas or (self.key("beta_start"), self.key("beta_end"))
         self.require(all(0 < beta <= 1 for beta in used), "a beta must be above 0, and 1 at most")
         fits = betas is None or len(betas) == steps
@@ -136,9 +137,7 @@ class SchedulerConfig(Config):
         self.require(sum(map(self.key, SIGMAS)) <= 1, f"only one of {', '.join(SIGMAS)} can be set")
         number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool) and lowest < math.inf
         self.require(number, f"lambda_min_clipped must be a number below infinity, not {lowest!r}")
-        within = self.key("original_inference_steps") <= steps or "original_inference_steps" not in field_types(
-            type(self)
-        )
+        within = "original_inference_steps" not in fields or self.key("original_inference_steps") <= steps
         self.require(within, f"original_inference_steps must be {steps}, the num_train_timesteps, or less")
         rising = 0 < self.key("restart_sigma_min") < self.key("restart_sigma_max")
         self.require(rising, "restart_sigma_min must be above 0 and below restart_sigma_max")
@@ -159,12 +158,12 @@ class SchedulerConfig(Config):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "") -> Self:
         if isinstance(data, Mapping):
-            unset, fields = set(data.get(UNSET, ())), field_types(cls)
+            unset = data.get(UNSET, ())
             data = {**{name: v for name, v in data.items() if name not in unset}, **data.get(FOREIGN, {})}
             elsewhere = {name: [value for group in KEYS[name].choices for value in group] for name in cls.known}
             odd = [n for n, own in cls.known.items() if data.get(n) not in own and data.get(n) in elsewhere[n]]
             data[FOREIGN] = {name: data.pop(name) for name in odd if name in data}
-            data[UNSET] = [name for name in fields if name not in data]
+            data[UNSET] = [name for name in field_types(cls) if name not in data]
         return super().from_dict(data, where)
 
     def to_dict(self) -> dict[str, Any]:

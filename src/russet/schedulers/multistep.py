@@ -6,71 +6,64 @@ Started in the middle, each begins as at the start of a run, with a memory that 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
 from russet.schedulers.brownian import Noise
-from russet.schedulers.exponential import Exponential, Seen, distances, quadrature, weighted
+from russet.schedulers.exponential import Exponential, Seen, quadrature, weighted
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Steps, pairs
 
 Rule = Callable[[Tensor, Sequence[Seen], Point, Noise], Tensor]
-"""A step from x at past[0] to a point, by what was seen there and before, newest first."""
+"""A step from x at past[0] to a point, by what was seen there and elsewhere, newest first."""
 Start = Callable[[Seen, Point], Steps]
 """A step by a method of its own, from a point where the model has been asked to another one."""
 
 
-def countdown(points: Sequence[Point], end: Point) -> Iterator[tuple[int, Point, Point]]:
-    """How many steps are left, this one among them, and from where to where it goes."""
-    return ((len(points) - i, a, b) for i, (a, b) in enumerate(pairs(points, end)))
-
-
 def multistep(
-    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, rule: Rule, order: int, tail: int = 0
+    x: Tensor,
+    points: Sequence[Point],
+    end: Point,
+    noise: Noise,
+    rule: Rule,
+    order: int,
+    tail: int = 0,
+    corrected: Collection[int] = (),
 ) -> Steps:
-    """Each step by a rule, from up to ``order`` of the latest points: LMS, iPNDM, DEIS, DPM-Solver's 2M and 3M.
+    """Each step by a rule, from up to ``order`` of the latest points.
 
-    tail: how many of the last steps use no higher an order than there are steps left.
+    The rule ``adams`` makes it LMS or the improved PNDM, and an ``Exponential`` DPM-Solver's 2M and 3M or DEIS, which
+    in its log-rho form (arXiv:2204.13902) is DPM-Solver with the noise's polynomial integrated exactly. Corrections
+    make it UniPC (arXiv:2302.04867).
+
+    tail: how many of the last steps use no higher an order than there are steps left. corrected: the steps, each by how
+    many were left when it began, that are made again with what the model says where they led.
     """
-    past: list[Seen] = []
-    for left, a, b in countdown(points, end):
+    past, used, start, predicted = list[Seen](), list[Seen](), x, x
+    for i, (a, b) in enumerate(pairs(points, end)):
         x, x0 = yield x, a
-        past = [Seen(a, x, x0), *past][:order]
-        x = rule(x, past[: left if left <= tail else order], b, noise)
+        seen, left = Seen(a, x, x0), len(points) - i
+        if used and left + 1 in corrected:  # as a difference, so that a caller's change to x is kept
+            x = x + (rule(start, [*used, seen], a, noise) - predicted)
+        past = [seen, *past][:order]
+        used = past[: left if left <= tail else order]
+        start, x = x, rule(x, used, b, noise)
+        predicted = x
     return x
 
 
-# Adams-Bashforth weights, newest first, for one to four slopes at even distances
-ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+def adams(x: Tensor, past: Sequence[Seen], b: Point, noise: Noise, even: bool = False) -> Tensor:
+    """Linear multistep (Adams and Bashforth's): the noise's polynomial in sigma, integrated exactly.
 
-
-def adams(x: Tensor, past: Sequence[Seen], b: Point, noise: Noise) -> Tensor:
-    """The improved PNDM of arXiv:2204.13902: Adams-Bashforth on the noise as if the distances were even."""
+    even: as if the distances were even, which is the improved PNDM of arXiv:2204.13902.
+    """
+    a = past[0].point.sigma
     if len(past) == 1:  # no difference of two large numbers, where sigma is in the thousands
         return past[0].x0 + past[0].eps * b.sigma
-    return x + weighted(ADAMS[len(past) - 1], [seen.eps for seen in past]) * (b.sigma - past[0].point.sigma)
-
-
-def lms(x: Tensor, past: Sequence[Seen], b: Point, noise: Noise) -> Tensor:
-    """Linear multistep: the noise's polynomial in sigma, integrated exactly (Adams-Bashforth at uneven distances)."""
-    a = past[0].point.sigma
-    at = [(seen.point.sigma - a) / (b.sigma - a) for seen in past]
+    at = [-n if even else (seen.point.sigma - a) / (b.sigma - a) for n, seen in enumerate(past)]
     weights = quadrature(at, [1 / n for n in range(1, len(past) + 1)])
     return x + (b.sigma - a) * weighted(weights, [seen.eps for seen in past])
-
-
-def deis(x: Tensor, past: Sequence[Seen], b: Point, noise: Noise) -> Tensor:
-    """DEIS, log-rho form (arXiv:2204.13902): the noise's polynomial in log(sigma), integrated over sigma."""
-    a = past[0].point.sigma
-    if len(past) == 1 or b.sigma in (0, a):
-        return past[0].x0 + past[0].eps * b.sigma
-    z = math.log(b.sigma / a)
-    moments = [math.expm1(z)]  # of v**n over e^(z v) z dv, v = 0 .. 1, where sigma is a e^(z v)
-    for n in range(1, len(past)):
-        moments.append(math.exp(z) - n / z * moments[-1])
-    return x + a * weighted(quadrature(distances(past, b), moments), [seen.eps for seen in past])
 
 
 def pndm(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, start: Start, starts: int) -> Steps:
@@ -79,7 +72,7 @@ def pndm(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, start: St
     for i, (a, b) in enumerate(pairs(points, end)):
         x, x0 = yield x, a
         past = [Seen(a, x, x0), *past][:4]
-        x = (yield from start(past[0], b)) if i < starts and b is not end else adams(x, past, b, noise)
+        x = (yield from start(past[0], b)) if i < starts and b is not end else adams(x, past, b, noise, even=True)
     return x
 
 
@@ -114,35 +107,8 @@ def singlestep(
         past = [*past, Seen(a, x, x0)]
         if b.sigma == 0:
             x = x0
-        elif len(past) == 3 and not method.exact:  # the third order of "midpoint" leaves the middle value out
-            x = dataclasses.replace(method, exact=True)(start, past[::2], b, noise)
+        elif len(past) == 3 and method.kind == "midpoint":  # whose third order leaves the middle value out
+            x = dataclasses.replace(method, kind="heun")(start, past[::2], b, noise)
         else:
             x = method(start, past, b, noise)
-    return x
-
-
-def unipc(
-    x: Tensor,
-    points: Sequence[Point],
-    end: Point,
-    noise: Noise,
-    method: Exponential,
-    order: int = 2,
-    tail: int = 0,
-    uncorrected: Collection[int] = (),
-) -> Steps:
-    """UniPC (arXiv:2302.04867): a predictor, and a corrector that uses the model's value where the prediction led.
-
-    uncorrected: the steps whose result is left as predicted, each by how many steps were left when it began.
-    """
-    past, used, start, predicted = list[Seen](), list[Seen](), x, x
-    for left, a, b in countdown(points, end):
-        x, x0 = yield x, a
-        seen = Seen(a, x, x0)
-        if used and left + 1 not in uncorrected:  # as a difference, so that a caller's change to x is kept
-            x = x + (method.unified(start, [*used, seen], a) - predicted)
-        past = [seen, *past][:order]
-        used = past[: left if left <= tail else order]
-        start, x = x, method.unified(x, used, b)
-        predicted = x
     return x

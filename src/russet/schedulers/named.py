@@ -29,7 +29,7 @@ MULTISTEP = (*SPACED, *ZERO_SNR, *DPM, "euler_at_final", "use_lu_lambdas")
 UNIPC = (*SPACED, *ZERO_SNR, *RANGE, *HIGH_ORDER, "predict_x0", "disable_corrector", "solver_p", "shift_terminal")
 DISTILLED = (*LIMITED, "set_alpha_to_one", "original_inference_steps", "timestep_scaling")
 SD: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's own
-IPNDM = partial(multistep.multistep, rule=multistep.adams, order=4)
+IPNDM = partial(multistep.multistep, rule=partial(multistep.adams, even=True), order=4)
 SHORT = 15  # steps; in runs of fewer, the solvers of DPM-Solver's kind lower their order towards the end
 
 
@@ -96,7 +96,7 @@ class LMSDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS)):
     def solver(self, steps: int, **options: Any) -> Solver:
         if options["order"] not in (1, 2, 3, 4):
             raise InputError(f"order must be 1, 2, 3 or 4, not {options['order']!r}")
-        return partial(multistep.multistep, rule=multistep.lms, order=options["order"])
+        return partial(multistep.multistep, rule=multistep.adams, order=options["order"])
 
 
 class HeunDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS, *CLIPPING), solver=solvers.heun, **SD):
@@ -145,8 +145,7 @@ class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP):
 
     def method(self) -> Exponential:
         name = self.key("algorithm_type")
-        exact = self.key("solver_type") == "heun"
-        return Exponential(data=name.endswith("++"), sde=name.startswith("sde"), exact=exact)
+        return Exponential(self.key("solver_type"), data=name.endswith("++"), sde=name.startswith("sde"))
 
     def tail(self, steps: int) -> int:
         """How many of the last steps are made with no higher an order than there are steps left."""
@@ -180,9 +179,6 @@ class DEISMultistepScheduler(
 
     takes_variance_noise = False
 
-    def solver(self, steps: int, **options: Any) -> Solver:
-        return partial(multistep.multistep, rule=multistep.deis, order=self.key("solver_order"), tail=self.tail(steps))
-
     def end(self) -> Point:
         return Point(0.0, self.table.sigma(0))
 
@@ -193,11 +189,10 @@ class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2"):
     spare = 1
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        order = self.key("solver_order")
-        method = Exponential(data=self.key("predict_x0"), bh1=self.key("solver_type") == "bh1")
+        order, rule = self.key("solver_order"), Exponential(self.key("solver_type"), data=self.key("predict_x0"))
         tail = order if self.key("lower_order_final") else 0
-        skipped = {steps - number for number in self.key("disable_corrector")}
-        return partial(multistep.unipc, method=method, order=order, tail=tail, uncorrected=skipped)
+        corrected = set(range(1, steps + 1)) - {steps - number for number in self.key("disable_corrector")}
+        return partial(multistep.multistep, rule=rule, order=order, tail=tail, corrected=corrected)
 
 
 class IPNDMScheduler(Scheduler, keys=("trained_betas",), solver=IPNDM):

@@ -54,7 +54,8 @@ class Scheduler(Timetable):
         self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
         self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
-        self._told: list[float] = []
+        self._told: list[float] = []  # the timesteps, as numbers of the host
+        self._starts: dict[float, int] = {}  # the first call at each timestep that a step begins at
         self._forget()
 
     def _forget(self) -> None:
@@ -95,6 +96,7 @@ class Scheduler(Timetable):
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         told = torch.tensor(plan.timesteps).to(torch.int64 if self.whole else torch.float32)  # mps has no float64
         self._plan, self._told = plan, told.tolist()
+        self._starts = {self._told[call]: call for call in reversed(self.starts(plan))}
         self.timesteps = told.to(device)
         self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma])
         self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
@@ -163,21 +165,14 @@ class Scheduler(Timetable):
         """The call to come, where that is decided."""
         return self.step_index if self.step_index is not None else self.begin_index
 
-    def _start_at(self, t: float) -> int | None:
-        """The first call at ``t`` that a step begins at."""
-        return next((call for call in self.starts(self._set_up()) if self._told[call] == t), None)
-
     def _call_of(self, timestep: float | Tensor | None) -> int:
-        """Which of the plan's calls a timestep means.
-
-        Raises:
-            InputError: it is not the next one, or, at the start of a run, none that a step begins at.
-        """
+        """The call that a timestep means: the next or, at the start of a run, the first that begins a step there."""
         told, t = self._told, self._value_of(timestep)
-        if (call := self._next()) is None:
-            if (start := self._start_at(t)) is not None:
-                return start
+        call = self._next()
+        if call is None and t not in self._starts:
             raise InputError(f"no step begins at timestep {t}; those of this run are {sorted(set(told), reverse=True)}")
+        if call is None:
+            return self._starts[t]
         if call >= len(told):
             raise InputError("every step has been made: call set_timesteps to begin again")
         if t != told[call]:
@@ -233,11 +228,10 @@ class Scheduler(Timetable):
 
     def _sigma_of(self, t: float) -> float:
         """The noise level of a timestep: this run's where it has that timestep, the table's where it has not."""
-        if self._plan is not None:
-            call = self._next()
-            if call is None or call >= len(self._told) or self._told[call] != t:
-                call = self._start_at(t)
-            if call is not None:
-                return self._plan.calls[call].sigma
+        call = self._next()
+        if call is None or call >= len(self._told) or self._told[call] != t:
+            call = self._starts.get(t)
+        if self._plan is not None and call is not None:
+            return self._plan.calls[call].sigma
         self.check_inside("timesteps", [t])
         return self.table.sigma(t)

@@ -149,18 +149,20 @@ class Timetable(Component):
         Raises:
             InputError: an argument that cannot be used.
         """
-        options, end = (
-            self.read_options({**options, "eta": eta} if eta or "eta" in self.options else options),
-            self.end(),
-        )
+        options = self.read_options({**options, "eta": eta} if eta or "eta" in self.options else options)
+        end, most = self.end(), self.config.num_train_timesteps
         ways = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas}
         if len(given := [name for name, value in ways.items() if value is not None]) != 1:
             raise InputError(f"give exactly one of {', '.join(ways)}, not {' and '.join(given) or 'none'}")
         if steps is not None:
-            most = self.config.num_train_timesteps
             points = self.place(arguments.integer("the number of steps", steps, least=1, most=most))
         elif timesteps is not None:
-            points = self.place_timesteps(arguments.numbers_list("timesteps", timesteps))
+            times = arguments.numbers_list("timesteps", timesteps)
+            if chosen := self.sigma_schedule():
+                raise InputError(f"timesteps cannot be given where the config asks for the sigma schedule {chosen}")
+            arguments.falling("timesteps", times)
+            self.check_inside("timesteps", times, self.whole)
+            points = [self.point_at(t) for t in times]
         else:
             levels = arguments.numbers_list("sigmas", sigmas)
             arguments.falling("sigmas", levels)
@@ -170,13 +172,6 @@ class Timetable(Component):
         solver, border = self.solver(len(points), **options), self.border(**options)
         initial = self.initial_sigma(points[0].sigma)
         return Schedule(tuple(points), end, solver, border, initial, self.order, self.needs_unconditional)
-
-    def place_timesteps(self, timesteps: list[float]) -> list[Point]:
-        if chosen := self.sigma_schedule():
-            raise InputError(f"timesteps cannot be given where the config asks for the sigma schedule {chosen}")
-        arguments.falling("timesteps", timesteps)
-        self.check_inside("timesteps", timesteps, self.whole)
-        return [self.point_at(t) for t in timesteps]
 
     def sigma_schedule(self) -> str | None:
         """The name of the sequence of noise levels, where the config asks for one."""
@@ -203,10 +198,9 @@ class Timetable(Component):
 
     def check_inside(self, name: str, timesteps: Sequence[float], whole: bool = False) -> None:
         """Raises InputError unless all timesteps are in the table, and whole numbers where they have to be."""
+        last = self.table.last
         for t in timesteps:
-            if not 0 <= t <= self.table.last:
-                raise InputError(
-                    f"{name} must lie in 0..{self.table.last:g}, where the model was trained; {t:g} does not"
-                )
+            if not 0 <= t <= last:
+                raise InputError(f"{name} must lie in 0..{last:g}, where the model was trained; {t:g} does not")
             if whole and t != round(t):
                 raise InputError(f"{name} must be whole numbers for this scheduler; {t:g} is none")
