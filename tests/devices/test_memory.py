@@ -160,6 +160,31 @@ def test_a_whole_call_peaks_as_predicted(shared_mini, width, height, images):
     assert predicted == pytest.approx(counted.peak, rel=WITHIN)
 
 
+@pytest.mark.parametrize("branch", [0, 1])
+def test_deep_maps_that_are_kept_count_as_predicted(mini, branch):
+    options = {"width": 128, "height": 128, "num_images_per_prompt": 8, "num_inference_steps": 4}
+    mini._choose(micro_batch=1)
+    peaks, predictions = [], []
+    for switch in (mini.disable_deep_cache, lambda: mini.enable_deep_cache(2, branch, start=0)):
+        switch()
+        with LiveBytes() as counted:
+            output = mini("a cat", seed=0, output_type="latent", **options)
+        peaks.append(counted.peak)
+        predictions.append(output.plan.estimate["denoise"].activations + output.plan.estimate["denoise"].kept)
+    more = predictions[1] - predictions[0]
+    assert more > 0.05 * peaks[0]
+    assert peaks[1] - peaks[0] == pytest.approx(more, rel=0.15)  # one image's own map is the call's at its peak
+
+
+def test_a_deep_map_has_the_shape_that_the_sizes_tell():
+    for config in UNETS.values():
+        unet, sizes = UNet2DConditionModel(config), UNetSizes.of(config)
+        for branch in range(unet.deep_branches):
+            _, kept = unet(torch.zeros(1, 4, 16, 16), 1.0, torch.zeros(1, 2, 32), deep_branch=branch)
+            level, channels = sizes.deep_map(branch)
+            assert kept.shape == (1, channels, 16 >> level, 16 >> level)
+
+
 @pytest.mark.skipif(parse_version(torch.__version__) < (2, 0), reason="older torch has no meta kernels for all of it")
 def test_stable_diffusion_15_peaks_as_predicted_at_full_size():
     unet = build(UNet2DConditionModel, UNet2DConditionModel.config_class.from_dict(published.SD15_UNET)).half()

@@ -75,6 +75,7 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
     if sizes.encodes:
         needs["encode"] = encoder_peak(sizes.vae, *vae)
     needs["denoise"] = unet_peak(sizes.unet, unet_rows(sizes, found), sizes.latents, how("unet"))
+    needs["denoise"] += deep_map_bytes(sizes, found)
     needs["decode"] = decoder_peak(sizes.vae, *vae)
     if sizes.vision:
         needs["check"] = tower_peak(sizes.vision, sizes.images, how("safety_checker"))
@@ -96,6 +97,15 @@ def resident(sizes: Sizes, found: Decisions, phases: Iterable[str]) -> dict[str,
     if found.text_encoder == "freed" and found.idle_weights != "kept":
         return {phase: whole if phase == "text" else without_text for phase in phases}
     return dict.fromkeys(phases, whole)
+
+
+def deep_map_bytes(sizes: Sizes, found: Decisions) -> int:
+    """What all images' deep maps take that are kept from step to step."""
+    if sizes.deep_branch is None:
+        return 0
+    level, channels = sizes.unet.deep_map(sizes.deep_branch)
+    height, width = (-(-side // (1 << level)) for side in sizes.latents)
+    return sizes.images * sizes.rows * channels * height * width * found.width("unet")
 
 
 def latent_bytes(sizes: Sizes) -> int:

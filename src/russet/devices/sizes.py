@@ -65,6 +65,12 @@ class UNetSizes:
         blocks = [middle, *zip(self.down, self.channels, strict=True), *zip(self.up, self.channels, strict=True)]
         return sum(width * sum(depth or 0 for depth in depths) for depths, width in blocks)
 
+    def deep_map(self, branch: int) -> tuple[int, int]:
+        """Level and channels of the map that enters the way up's residual block of a branch; 0 is the outermost."""
+        blocks = [(level, place) for level, depths in enumerate(self.up) for place in reversed(range(len(depths)))]
+        level, place = blocks[branch]
+        return level, self.channels[level if place else min(level + 1, len(self.channels) - 1)]
+
     def attends(self, level: int) -> bool:
         """Whether any transformer works at a level."""
         middle = self.middle if level == len(self.channels) - 1 else None
@@ -140,7 +146,7 @@ class Sizes:
     """The work of one call: pictures of ``width`` × ``height`` pixels, ``images`` of them, by these networks.
 
     ``rows`` is how many UNet rows an image takes: 2 with guidance, 1 without. ``encodes`` says that pictures go in.
-    ``parameters`` are numbers of parameters by component, where they are known better than by arithmetic.
+    ``deep_branch`` is the branch whose deep maps are kept from step to step. ``parameters`` are numbers of parameters by component, where they are known better than by arithmetic.
     """
 
     width: int
@@ -148,6 +154,7 @@ class Sizes:
     images: int = 1
     rows: int = 2
     encodes: bool = False
+    deep_branch: int | None = None
     unet: UNetSizes
     vae: VAESizes
     text: tuple[TransformerSizes, ...] = ()

@@ -312,6 +312,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             width=width or geometry.sample[1] * geometry.factor,
             images=images,
             rows=2 if guided else 1,
+            deep_branch=None if self.deep_cache is None else self.deep_cache.branch,
         )
 
     @property
