@@ -1,6 +1,6 @@
 """What leaving work out costs in quality: prints tables, and draws docs/assets/less-work.svg.
 
-    python benchmarks/less_work.py [--svg docs/assets/less-work.svg]     (matplotlib draws it; a quarter of an hour on one core)
+    python benchmarks/less_work.py [--svg docs/assets/less-work.svg]     (matplotlib draws it; half an hour on one core)
 
 The embedded model draws four prompts with its own sampler, 25 steps and guidance 5; every way of doing less draws them
 from the same noise. Quality is the PSNR of the decoded pictures against those of the full run, the lowest and the mean

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from russet.models.clip_text import CLIPTextModelWithProjection as CLIPTextModelWithProjection
     from russet.models.clip_vision import CLIPVisionModelWithProjection as CLIPVisionModelWithProjection
     from russet.models.safety_checker import StableDiffusionSafetyChecker as StableDiffusionSafetyChecker
+    from russet.models.tiny_vae import AutoencoderTiny as AutoencoderTiny
     from russet.models.unet import UNet2DConditionModel as UNet2DConditionModel
     from russet.models.vae import AutoencoderKL as AutoencoderKL
     from russet.pipelines.base import DiffusionPipeline as DiffusionPipeline
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 
 HOMES = {
     "AutoencoderKL": "russet.models.vae",
+    "AutoencoderTiny": "russet.models.tiny_vae",
     "CLIPImageProcessor": "russet.image_processor",
     "CLIPTextModel": "russet.models.clip_text",
     "CLIPTextModelWithProjection": "russet.models.clip_text",

@@ -19,6 +19,7 @@ from russet.errors import ConfigError, InputError
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.norms import set_norms
 from russet.models.safety_checker import StableDiffusionSafetyChecker
+from russet.models.tiny_vae import AutoencoderTiny
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 
@@ -120,6 +121,15 @@ def test_the_vae_peaks_as_predicted_both_ways(channels, attention):
     assert encoder_peak(sizes, 2, (16, 12), Arithmetic(attention=choice)) - pixels == pytest.approx(
         encoding, rel=WITHIN
     )
+
+
+def test_a_tiny_vae_peaks_as_predicted_both_ways():
+    config = {"encoder_block_out_channels": [16] * 4, "decoder_block_out_channels": [16] * 4}
+    vae, sizes = AutoencoderTiny(config), VAESizes.of(config)
+    z, x = torch.randn(2, 4, 16, 12), torch.randn(2, 3, 128, 96)
+    decoding, encoding = peak_of(lambda: vae.decode(z)), peak_of(lambda: vae.encode(x))
+    assert decoder_peak(sizes, 2, (16, 12), Arithmetic()) == pytest.approx(decoding, rel=WITHIN)
+    assert encoder_peak(sizes, 2, (16, 12), Arithmetic()) == pytest.approx(encoding, rel=WITHIN)
 
 
 def test_a_vae_with_composed_norms_peaks_as_predicted():

@@ -74,6 +74,7 @@ TABLE: dict[str, Entry] = {
     for entry in (
         Entry("UNet2DConditionModel", "diffusers", "models.unet", "model"),
         Entry("AutoencoderKL", "diffusers", "models.vae", "model"),
+        Entry("AutoencoderTiny", "diffusers", "models.tiny_vae", "model"),
         Entry("CLIPTextModel", "transformers", "models.clip_text", "model", "clip_text_model"),
         Entry("CLIPTextModelWithProjection", "transformers", "models.clip_text", "model", "clip_text_model"),
         Entry("CLIPVisionModelWithProjection", "transformers", "models.clip_vision", "model", "clip_vision_model"),

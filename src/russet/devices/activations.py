@@ -178,6 +178,8 @@ def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int)
 def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of decoding ``rows`` rows of latents ``(h, w)`` at once: mostly the last change of resolution."""
     walk = Walk(rows, how)
+    if v.blocks:
+        return tiny_peak(walk, v, latents[0] * latents[1] * v.factor**2)
     area = latents[0] * latents[1]
     x = walk.map(area, v.channels[-1])
     walk.held = walk.map(area, v.latent) + x
@@ -199,6 +201,8 @@ def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     """Peak of encoding pictures of ``rows`` rows of latents ``(h, w)`` at once: mostly its first level."""
     walk = Walk(rows, how)
     area = latents[0] * latents[1] * v.factor**2
+    if v.blocks:
+        return tiny_peak(walk, v, area)
     walk.held = walk.map(area, 3)
     x = walk.map(area, v.channels[0])
     for level, channels in enumerate(v.channels):
@@ -215,6 +219,13 @@ def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
             x = out
     walk.held += x
     middle(walk, v, area)
+    return walk.peak
+
+
+def tiny_peak(walk: Walk, v: VAESizes, area: int) -> int:
+    """Both ways of a tiny autoencoder are the widest at full size: a block's input, and a convolution's two sides."""
+    x = walk.map(area, v.channels[0])
+    walk.moment(walk.map(area, 3), 3 * x)
     return walk.peak
 
 

@@ -54,7 +54,9 @@ def attention_calls(component: str, sizes: Sizes, found: Decisions) -> list[Atte
     """The attention calls of ``"unet"``, ``"vae"`` or ``"text_encoder"``."""
     if component == "unet":
         return unet_calls(sizes, found)
-    return [vae_call(sizes, found)] if component == "vae" else text_calls(sizes)
+    if component == "vae":
+        return [] if sizes.vae.blocks else [vae_call(sizes, found)]
+    return text_calls(sizes)
 
 
 def largest_tensors(sizes: Sizes, found: Decisions) -> Iterator[tuple[int, int]]:
@@ -64,7 +66,8 @@ def largest_tensors(sizes: Sizes, found: Decisions) -> Iterator[tuple[int, int]]
         yield call.batch * call.heads * call.queries * TEXT, 4
         yield 8 * call.batch * call.heads * call.dim * call.queries, found.width("unet")  # the gated layer
     call = vae_call(sizes, found)
-    yield call.scores(found.attention("vae")), 4
+    if not sizes.vae.blocks:
+        yield call.scores(found.attention("vae")), 4
     v, area = sizes.vae, call.batch * call.queries * sizes.vae.factor**2
     above = v.channels[1] if len(v.channels) > 1 else v.channels[0]
     yield above * area, found.width("vae")  # the last level's input

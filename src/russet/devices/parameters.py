@@ -88,6 +88,18 @@ def unet(u: UNetSizes) -> int:
 
 
 def vae(v: VAESizes) -> int:
+    return tiny_vae(v) if v.blocks else usual_vae(v)
+
+
+def tiny_vae(v: VAESizes) -> int:
+    """Blocks of three convolutions, and one convolution without a bias from each level to the next, on both ways."""
+    width, changes = v.channels[0], len(v.channels) - 1
+    blocks = sum(map(sum, v.blocks)) * 3 * conv(width, width)
+    ends = conv(3, width) + conv(width, v.latent) + conv(v.latent, width) + conv(width, 3)
+    return blocks + 2 * changes * (conv(width, width) - width) + ends
+
+
+def usual_vae(v: VAESizes) -> int:
     first, last, levels = v.channels[0], v.channels[-1], len(v.channels)
     middle = 2 * resnet(last, last) + norm(last) + 4 * linear(last, last)
     encoder = conv(3, first) + middle + norm(last) + conv(last, 2 * v.latent)

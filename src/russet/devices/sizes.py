@@ -79,15 +79,28 @@ class UNetSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class VAESizes:
-    """The autoencoder's shape; ``float32`` where its config says that float16 overflows in it."""
+    """The autoencoder's shape; ``float32`` where its config says that float16 overflows in it.
+
+    ``blocks`` is for a tiny autoencoder, which has one width, no attention and no norms: residual blocks of each level
+    on the way down and on the way up; empty for another.
+    """
 
     channels: tuple[int, ...]
     layers: int
     latent: int = 4
     float32: bool = False
+    blocks: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, config: Numbers) -> VAESizes:
+        if config.get("decoder_block_out_channels"):
+            down, up = config.get("num_encoder_blocks", (1, 3, 3, 3)), config.get("num_decoder_blocks", (3, 3, 3, 1))
+            return cls(
+                channels=tuple(config["decoder_block_out_channels"]),
+                layers=1,
+                latent=config.get("latent_channels", 4),
+                blocks=(tuple(down), tuple(up)),
+            )
         return cls(
             channels=tuple(config.get("block_out_channels") or (64,)),
             layers=config.get("layers_per_block", 1),
@@ -146,7 +159,8 @@ class Sizes:
     """The work of one call: pictures of ``width`` × ``height`` pixels, ``images`` of them, by these networks.
 
     ``rows`` is how many UNet rows an image takes: 2 with guidance, 1 without. ``encodes`` says that pictures go in.
-    ``deep_branch`` is the branch whose deep maps are kept from step to step. ``parameters`` are numbers of parameters by component, where they are known better than by arithmetic.
+    ``deep_branch`` is the branch whose deep maps are kept from step to step. ``parameters`` are numbers of parameters
+    by component, where they are known better than by arithmetic.
     """
 
     width: int

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from russet.errors import InputError
-from russet.models.base import Model, require_tensor
-from russet.models.tiling import Tiling, tiled
+from russet.models.autoencoder import Autoencoder
 from russet.models.vae_blocks import Decoder, Encoder
 from russet.models.vae_config import VAEConfig
 
@@ -69,13 +68,7 @@ class EncoderOutput(NamedTuple):
     latent_dist: DiagonalGaussian
 
 
-class DecoderOutput(NamedTuple):
-    """``sample`` [B, C, H, W]: pictures, about from -1 to 1."""
-
-    sample: Tensor
-
-
-class AutoencoderKL(Model):
+class AutoencoderKL(Autoencoder):
     """The VAE of Stable Diffusion.
 
     Args:
@@ -96,8 +89,6 @@ class AutoencoderKL(Model):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * latents, 2 * latents, 1) if config.use_quant_conv else None
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
-        self.tiling: Tiling | None = None
-        self.slicing = False
         self.eval()
 
     def encode(self, x: Tensor, *, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussian]:
@@ -110,69 +101,9 @@ class AutoencoderKL(Model):
         latents = DiagonalGaussian(self._row_by_row(self._encode, x))
         return EncoderOutput(latents) if return_dict else (latents,)
 
-    def decode(self, z: Tensor, *, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Pictures [B, C, H, W] from latents [B, Cz, h, w] that are no longer scaled.
-
-        Raises:
-            InputError: the shape does not fit.
-        """
-        self._check("latents", z, self.config.latent_channels, least=1)
-        pictures = self._row_by_row(self._decode, z)
-        return DecoderOutput(pictures) if return_dict else (pictures,)
-
-    def enable_tiling(self, tile: int | None = None, overlap: int | None = None) -> None:
-        """Works on pictures larger than ``tile`` in tiles, so that memory does not grow with them.
-
-        Args:
-            tile: side in pixels; by default that of the pictures it was trained on.
-            overlap: what neighbouring tiles share at least, in pixels; by default a quarter of a tile.
-
-        Raises:
-            InputError: sizes that are no multiples of a latent's, or an overlap that is not smaller than the tile.
-        """
-        unit = self.config.pixels_per_latent
-        for name, pixels in (("tile", tile), ("overlap", overlap)):
-            if pixels is not None and (type(pixels) is not int or pixels < unit or pixels % unit):
-                raise InputError(f"{name} must be a multiple of {unit} pixels, not {pixels!r}")
-        trained = self.config.sample_size
-        default = max(2 * unit, min(trained) if isinstance(trained, tuple) else trained)
-        size = (default if tile is None else tile) // unit
-        self.tiling = Tiling(size, max(1, size // 4) if overlap is None else overlap // unit)
-
-    def disable_tiling(self) -> None:
-        """Works on every picture as a whole again."""
-        self.tiling = None
-
-    def enable_slicing(self) -> None:
-        """Works on the pictures of a batch one after another, so that memory does not grow with the batch."""
-        self.slicing = True
-
-    def disable_slicing(self) -> None:
-        """Works on all pictures of a batch at once again."""
-        self.slicing = False
-
-    def _check(self, what: str, x: Tensor, channels: int, least: int) -> None:
-        require_tensor(what, x)
-        if x.ndim != 4 or x.shape[1] != channels or min(x.shape) < 1 or min(x.shape[2:]) < least:
-            raise InputError(f"{what} must have the shape [B, {channels}, H, W] with sides ≥ {least}: {list(x.shape)}")
-
-    def _row_by_row(self, process: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.cat([process(row) for row in x.chunk(len(x))]) if self.slicing and len(x) > 1 else process(x)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        unit = self.config.pixels_per_latent
-        if self.tiling is None or self.tiling.fits(x.shape[2] // unit, x.shape[3] // unit):
-            return self._encode_whole(x)
-        return tiled(self._encode_whole, x, self.tiling, unit_in=unit, unit_out=1)
-
     def _encode_whole(self, x: Tensor) -> Tensor:
         moments = self.encoder(x)
         return moments if self.quant_conv is None else self.quant_conv(moments)  # type: ignore[no-any-return]
-
-    def _decode(self, z: Tensor) -> Tensor:
-        if self.tiling is None or self.tiling.fits(z.shape[2], z.shape[3]):
-            return self._decode_whole(z)
-        return tiled(self._decode_whole, z, self.tiling, unit_in=1, unit_out=self.config.pixels_per_latent)
 
     def _decode_whole(self, z: Tensor) -> Tensor:
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)

@@ -47,10 +47,15 @@ ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One component that a pipeline is made of: the class it must have, and whether it may be None."""
+    """One component that a pipeline is made of: the class it must have or ``others``, and whether it may be None."""
 
     kind: type
+    others: tuple[type, ...] = ()
     optional: bool = False
+
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        return (self.kind, *self.others)
 
 
 class DiffusionPipeline(SingleFiles, Switches):
@@ -331,9 +336,9 @@ def check_components(where: str, parts: Mapping[str, Part], components: Mapping[
         if component is None and part.optional:
             continue
         # a network may come wrapped (torch.compile), so it is known by its config too
-        config_class = getattr(part.kind, "config_class", None)
-        wrapped = config_class is not None and isinstance(getattr(component, "config", None), config_class)
-        if not isinstance(component, part.kind) and not wrapped:
+        configs = tuple(kind.config_class for kind in part.kinds if hasattr(kind, "config_class"))
+        wrapped = isinstance(getattr(component, "config", None), configs)
+        if not isinstance(component, part.kinds) and not wrapped:
             came = "nothing" if component is None else f"{type(component).__module__}.{type(component).__name__}"
             raise ArgumentTypeError(f"{where}: {name} must be a russet {part.kind.__name__}, not {came}")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from russet.models.vae import AutoencoderKL
+from russet.models.autoencoder import Autoencoder
 from russet.schedulers.scheduler import Run
 
 Predict = Callable[[Tensor, float], Tensor]
@@ -49,7 +49,7 @@ def denoise(run: Run, predict: Predict) -> Iterator[Step]:
         index += 1
 
 
-def decode(vae: AutoencoderKL, latents: Tensor, at_once: int) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, at_once: int) -> Tensor:
     """Latents [B, C, h, w] as the denoiser leaves them → pixels [B, 3, H, W] in [-1, 1], float32.
 
     ``at_once`` pictures are decoded in one call. Undoes the scaling of arXiv:2112.10752, appendix G, and the shift and

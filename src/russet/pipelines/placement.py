@@ -21,10 +21,10 @@ from russet.checkpoints.draft import Draft
 from russet.devices.plan import AttentionChoice, Plan, Tile
 from russet.elementwise import PLAIN, Elementwise
 from russet.models.activations import silu
+from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
-from russet.models.vae import AutoencoderKL
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CACHE_LINE = 64  # bytes; torch's allocator begins all that it gives at a multiple of this
@@ -99,7 +99,7 @@ def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def tiled(vae: AutoencoderKL, tile: Tile | None) -> Iterator[None]:
+def tiled(vae: Autoencoder, tile: Tile | None) -> Iterator[None]:
     """Has the VAE work in the plan's tiles for as long as the block lasts; None leaves it as it is."""
     before = vae.tiling
     if tile is not None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from russet.devices.plan import Plan
+from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model
-from russet.models.vae import AutoencoderKL
 from russet.pipelines import engine, placement
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def restored(name: str, network: Model, plan: Plan) -> Iterator[None]:
             network.set_attention(placement.attention_of(plan, name))
 
 
-def decoded(vae: AutoencoderKL, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
+def decoded(vae: Autoencoder, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
     """Latents → pixels [B, 3, H, W] on the CPU; not finite or all black, they are made again more precisely."""
     notes: list[str] = []
     left = remedies("vae", vae, plan)

@@ -15,8 +15,10 @@ from russet.devices.sizes import Sizes
 from russet.errors import ConfigError, InputError
 from russet.image_processor import CLIPImageProcessor
 from russet.images import as_output
+from russet.models.autoencoder import Autoencoder
 from russet.models.clip_text import CLIPTextModel
 from russet.models.safety_checker import StableDiffusionSafetyChecker
+from russet.models.tiny_vae import AutoencoderTiny
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 from russet.pipelines import engine, placement, rescue, safety
@@ -52,7 +54,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     """
 
     parts: ClassVar = {
-        "vae": Part(AutoencoderKL),
+        "vae": Part(AutoencoderKL, (AutoencoderTiny,)),
         "text_encoder": Part(CLIPTextModel, optional=True),
         "tokenizer": Part(CLIPTokenizer, optional=True),
         "unet": Part(UNet2DConditionModel),
@@ -61,7 +63,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         "feature_extractor": Part(CLIPImageProcessor, optional=True),
     }
 
-    vae: AutoencoderKL
+    vae: Autoencoder
     text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer | None
     unet: UNet2DConditionModel
