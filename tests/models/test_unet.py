@@ -6,7 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from russet.attention import chunked, sliced
+from russet.attention import chunked, fused, padded, sliced
 from russet.errors import ArgumentTypeError, InputError
 from russet.models.unet import UNet2DConditionModel
 
@@ -374,3 +374,34 @@ def test_missing_conditions_are_named(randn):
         UNet2DConditionModel(TINY)(x, 9, None)
     with pytest.raises(TypeError, match="cross_attention_kwargs"):
         UNet2DConditionModel(TINY)(x, 9, context, cross_attention_kwargs={})
+
+
+@pytest.mark.parametrize("downs", [(CROSS_DOWN, DOWN), (DOWN, CROSS_DOWN)], ids=["read at once", "read later"])
+def test_one_picture_asked_about_two_texts_gives_both_answers(downs, randn):
+    ups = tuple(kind.replace("Down", "Up") for kind in reversed(downs))
+    unet = UNet2DConditionModel({**TINY, "down_block_types": downs, "up_block_types": ups}).requires_grad_(False)
+    x, texts = randn(2, 4, 8, 8, seed=1), randn(4, 7, TINY["cross_attention_dim"], seed=2)
+    apart = unet(torch.cat([x, x]), 500.0, texts).sample
+    torch.testing.assert_close(unet(x, 500.0, texts).sample, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(unet(x, 500.0, unet.read(texts)).sample, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_differ_in_time_are_asked_about_two_texts(randn):
+    unet = UNet2DConditionModel(TINY).requires_grad_(False)
+    x, texts = randn(2, 4, 8, 8, seed=1), randn(4, 7, TINY["cross_attention_dim"], seed=2)
+    t = torch.tensor([100.0, 700.0])
+    apart = unet(torch.cat([x, x]), torch.cat([t, t]), texts).sample
+    torch.testing.assert_close(unet(x, t, texts).sample, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SD 1", "XL", "upscaler", "scale and shift"])
+@pytest.mark.parametrize("attention", [fused, padded(fused, (8, 64))], ids=["fused", "padded"])
+def test_a_text_that_was_read_gives_the_same_answer(name, attention, randn):
+    unet = UNet2DConditionModel(VARIANTS[name]).requires_grad_(False)
+    unet.set_attention(attention)
+    x, text = randn(2, unet.config.in_channels, 8, 8, seed=1), randn(2, 7, 12, seed=2)
+    more = conditions(VARIANTS[name], 2, randn)
+    expected = unet(x, 500.0, text, **more).sample
+    torch.testing.assert_close(unet(x, 500.0, unet.read(text), **more).sample, expected, rtol=1e-5, atol=1e-6)
+    unet.lay_together()
+    torch.testing.assert_close(unet(x, 500.0, unet.read(text), **more).sample, expected, rtol=1e-5, atol=1e-5)

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from russet.attention import widened
 from russet.models.base import Attending, Stepping
 from russet.models.together import Together
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """Rows [B, …], as often one after another as makes ``rows`` of them: pictures that several texts are asked about."""
+    return x if len(x) == rows else cat([x] * (rows // len(x)))  # which keeps the memory format
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -32,6 +37,10 @@ class Text:
     def __init__(self, context: Tensor, readers: Iterable[MultiHeadAttention] = ()) -> None:
         self.context = context
         self._made = {reader: reader.keys_values(context) for reader in readers}
+
+    @property
+    def rows(self) -> int:
+        return len(self.context)
 
     def keys_values(self, reader: MultiHeadAttention) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, M, D] for one layer."""
@@ -133,8 +142,11 @@ class TransformerBlock(Stepping):
     def forward(self, x: Tensor, text: Text) -> Tensor:
         # Each sum goes into the output of a linear layer, which that layer does not need for its gradient.
         steps = self.steps
+        if self.only_cross:
+            x = repeated(x, text.rows)
         h = self.attn1(steps.layer_norm(x, self.norm1), text if self.only_cross else None)
         x, normed = steps.added_norm(h, x, self.norm2)
+        x, normed = repeated(x, text.rows), repeated(normed, text.rows)
         x, normed = steps.added_norm(self.attn2(normed, text), x, self.norm3)
         return steps.added(self.ff(normed), x)
 
@@ -173,8 +185,9 @@ class SpatialTransformer(Stepping):
         self.proj_out = projection(channels, channels)
 
     def forward(self, x: Tensor, text: Text) -> Tensor:
-        """From [B, C, h, w] and the text to [B, C, h, w] in the memory format of ``x``."""
+        """From [B, C, h, w] and the text's k·B rows to [k·B, C, h, w] in the memory format of ``x``."""
         tokens = self.proj_in(to_tokens(self.steps.normed(x, self.norm)))
         for block in self.transformer_blocks:
             tokens = block(tokens, text)
+        x = repeated(x, text.rows)
         return x + to_map(self.proj_out(tokens), like=x)  # x first: a sum takes the memory format of its first term

@@ -14,7 +14,7 @@ from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
 from russet.models.together import Together
-from russet.models.transformer import Text, TransformerBlock
+from russet.models.transformer import Text, TransformerBlock, repeated
 from russet.models.unet_config import UNetConfig
 
 
@@ -87,7 +87,9 @@ class UNet2DConditionModel(Conditioned, Stepping):
         Args:
             sample: noisy latents [B, Cin, h, w], already scaled by the scheduler.
             timestep: where on the schedule of training they are, 0 to 999: one number, or a tensor of one or of B.
-            encoder_hidden_states: the text [B, N, D], or what ``read`` made of it, which saves doing so again.
+            encoder_hidden_states: the text [B, N, D], or what ``read`` made of it, which saves doing so again. With
+                [k·B, N, D] each row of ``sample`` is asked about k texts, the first text of all rows first, and the
+                answer has k·B rows: what comes before the first layer that reads is then computed once for all k.
             class_labels: what the class embedding takes: ids [B], numbers [B] or vectors [B, D].
             timestep_cond: the vector [B, D] of a UNet with ``time_cond_proj_dim``, such as LCM's guidance scale.
             added_cond_kwargs: for XL ``text_embeds`` [B, D], the pooled text, and ``time_ids`` [B, 6]: pixels.
@@ -107,12 +109,15 @@ class UNet2DConditionModel(Conditioned, Stepping):
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
+        if len(emb) > 1:  # rows are told apart from the start, by more than the text
+            sample, emb = repeated(sample, text.rows), repeated(emb, text.rows)
         time = Time(emb, self.told)
 
         start = 0 if deep_branch is None else self._start(deep_branch)
         if deep_map is None:
             maps = self._way_down(sample, time, text)
             x = maps[-1] if self.mid_block is None else self.mid_block(maps[-1], time, text)
+            x = repeated(x, text.rows)  # in case no layer has read yet
             maps, x = _controlled(maps, x, down_block_additional_residuals, mid_block_additional_residual)
             deep_map = self._way_up(x, maps, time, text, end=start)
         elif deep_branch is None or (down_block_additional_residuals, mid_block_additional_residual) != (None, None):
@@ -162,7 +167,8 @@ class UNet2DConditionModel(Conditioned, Stepping):
         if len(size) != 4 or size[1] != channels or min(size) < 1:
             raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")
         features = self.text_features
-        if context.ndim != 3 or context.shape[0] != size[0] or features not in (None, context.shape[2]):
+        asked = context.ndim == 3 and context.shape[0] >= size[0] and context.shape[0] % size[0] == 0
+        if not asked or features not in (None, context.shape[2]):
             wanted = f"[{size[0]}, N, {features or 'any'}]"
             raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")
 
@@ -179,4 +185,4 @@ def _controlled(
             f"a ControlNet gives {len(maps)} down_block_additional_residuals and a mid_block_additional_residual; "
             f"{came} and {'none' if mid_residual is None else 'one'} came"
         )
-    return [a + b for a, b in zip(maps, down_residuals, strict=True)], mid + mid_residual
+    return [repeated(a, len(b)) + b for a, b in zip(maps, down_residuals, strict=True)], mid + mid_residual

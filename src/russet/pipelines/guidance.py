@@ -120,7 +120,7 @@ def unet_call(
     read_once: bool = False,
     graphs: Graphs | None = None,
 ) -> UNetCall:
-    """The UNet with its conditioning [B, N, D]. Works in its own precision, answers in float32.
+    """The UNet of B rows with its conditioning [k·B, N, D]: k·B rows. Works in its own precision, answers in float32.
 
     ``read_once``: every layer's keys and values of the text are kept from the first call on. ``graphs``: calls are
     recorded there, and replayed.
@@ -185,10 +185,10 @@ def in_both_places(bare: Predict) -> Predict:
 
 
 def guided(pair: Predict, guidance: Guidance) -> Predict:
-    """Classifier-free guidance around a denoiser of 2B rows, the negative half first."""
+    """Classifier-free guidance around a denoiser that answers B rows for 2B texts, the negative half first."""
 
     def predict(x: Tensor, t: float) -> Tensor:
-        without, with_prompt = pair(torch.cat([x, x]), t).chunk(2)
+        without, with_prompt = pair(x, t).chunk(2)
         output = without + guidance.scale * (with_prompt - without)
         if guidance.rescale > 0:
             output = rescaled(output, with_prompt, guidance.rescale)

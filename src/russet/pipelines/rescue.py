@@ -82,14 +82,16 @@ def decoded(vae: Autoencoder, latents: Tensor, plan: Plan) -> tuple[Tensor, tupl
     left = remedies("vae", vae, plan)
     with restored("vae", vae, plan):
         while True:
-            pixels = engine.decode(vae, latents, plan.vae_batch).cpu()
-            if is_picture(pixels) or not left:
+            pixels = engine.decode(vae, latents, plan.vae_batch)
+            if is_picture(pixels):
+                return pixels.cpu(), tuple(notes)
+            if not left:
                 break
             notes.append(left.pop(0).apply())
     if not is_finite(pixels):
         notes.append("the picture is not finite even in float32: its latents or the VAE's weights must be damaged")
         pixels = torch.nan_to_num(pixels, nan=-1.0)
-    return pixels, tuple(notes)
+    return pixels.cpu(), tuple(notes)
 
 
 def is_picture(pixels: Tensor) -> bool:

@@ -205,24 +205,31 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def encode(self, request: TextToImage, plan: Plan) -> Conditioning:
         """The conditioning of all images, on the device. The negative half is there only where guidance is."""
         positive, negative = request.prompt_embeds, request.negative_prompt_embeds
-        if request.prompts is not None:
-            positive = self.encode_texts(request.prompts, plan, request.clip_skip)
-        if not self.guided(request):
+        texts, others = request.prompts or (), (request.negatives or ()) if self.guided(request) else ()
+        if request.clip_skip == 0:
+            found = self.encode_texts((*texts, *others), plan)
+        else:  # which is for the prompt alone, as in Diffusers
+            found = (*self.encode_texts(texts, plan, request.clip_skip), *self.encode_texts(others, plan))
+        if texts:
+            positive = torch.stack(found[: len(texts)])
+        if others:
+            negative = torch.stack(found[len(texts) :])
+        elif not self.guided(request):
             negative = None
-        elif request.negatives is not None:
-            negative = self.encode_texts(request.negatives, plan)  # clip_skip is for the prompt alone, as in Diffusers
         assert positive is not None
         halves = Conditioning(positive.to(self.device), None if negative is None else negative.to(self.device))
         return halves.repeated(request.images_per_prompt)
 
-    def encode_texts(self, texts: Sequence[str], plan: Plan, clip_skip: int = 0) -> Tensor:
-        """[B, N, D]; each different text is encoded once."""
+    def encode_texts(self, texts: Sequence[str], plan: Plan, clip_skip: int = 0) -> tuple[Tensor, ...]:
+        """[N, D] for each text; each different one is encoded once, all of them together."""
+        if not texts:
+            return ()
         assert self.tokenizer is not None
         assert self.text_encoder is not None
         different = list(dict.fromkeys(texts))
         with self.at_work("text_encoder", plan):
             encoded = prompts.encode(self.tokenizer, self.text_encoder, different, clip_skip)
-        return torch.stack([encoded[different.index(text)] for text in texts])
+        return tuple(encoded[different.index(text)] for text in texts)
 
     def guided(self, request: TextToImage) -> bool:
         """Whether the denoiser is asked twice. One that was distilled to be told the scale itself is asked once."""
