@@ -28,7 +28,7 @@ class Count:
 
     def __enter__(self) -> Count:
         def called(_: Any, args: Any) -> None:
-            self.rows.append(len(args[0]))
+            self.rows.append(args[2].rows)
             self.times.append(float(args[1]))
 
         def ran(*_: Any) -> None:

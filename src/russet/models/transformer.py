@@ -16,7 +16,7 @@ from russet.models.together import Together
 
 
 def repeated(x: Tensor, rows: int) -> Tensor:
-    """Rows [B, …], as often one after another as makes ``rows`` of them: pictures that several texts are asked about."""
+    """Rows [B, …], one after another as often as makes ``rows`` of them: pictures that several texts are about."""
     return x if len(x) == rows else cat([x] * (rows // len(x)))  # which keeps the memory format
 
 
