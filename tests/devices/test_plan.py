@@ -118,6 +118,17 @@ def test_a_slice_of_scores_never_takes_more_than_its_share():
         assert max(scores) * 4 <= min(2**28, max(facts.budget // 9, 2**27 // 3))
 
 
+def test_a_cpu_that_computes_bfloat16_says_so_and_stays_exact_until_asked():
+    able = dataclasses.replace(cpu(), bf16=True)
+    assert plan(able, published.sd15()).dtype("unet") == "float32"
+    assert "bfloat16" in plan(able, published.sd15()).why("dtype.unet").reason
+    assert "bfloat16" not in plan(cpu(), published.sd15()).why("dtype.unet").reason
+    asked = Request(dtype="bfloat16")
+    assert "by itself" in plan(able, published.sd15(), asked).why("dtype.unet").reason
+    assert "slowness" in plan(cpu(), published.sd15(), asked).why("dtype.unet").reason
+    assert plan(able, published.sd15(), asked).peak < 0.6 * plan(able, published.sd15()).peak
+
+
 @pytest.mark.parametrize(
     ("facts", "dtype"), [(on(), "float16"), (gpu(), "float16"), (cpu(), "float32"), (on(macos="12.6"), "float32")]
 )

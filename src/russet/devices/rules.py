@@ -25,6 +25,11 @@ def dtype_decisions(facts: Facts, sizes: Sizes, request: Request) -> list[Decisi
 
 def half_or_full(facts: Facts) -> tuple[str, str]:
     """The dtype a device computes in by default, and why."""
+    if facts.device == "cpu" and facts.bf16:
+        # Not by itself: the weights would be rounded as soon as they are read, though they may yet be saved or moved.
+        # Measured on a Zen with AVX-512 BF16, one thread, torch 2.13, one guided UNet call of Stable Diffusion 1.5:
+        # 11.4 processor seconds against 20.4. The embedded model's pictures stay 45 dB and more from float32's.
+        return "float32", "exact; this CPU computes bfloat16 too: half the memory and nearly twice the speed, if asked"
     if facts.device == "cpu":
         return "float32", "CPUs compute float16 slowly"
     if bug := affected(facts, "upsample-half"):
@@ -38,6 +43,8 @@ def note(facts: Facts, dtype: str | None) -> str:
     """What to expect of a dtype that the user chose."""
     if dtype == "bfloat16" and not facts.bf16:
         return "this device does not support bfloat16: expect an error, or slowness"
+    if dtype == "bfloat16" and facts.device == "cpu":
+        return "your choice; this CPU computes it by itself"
     return "your choice"
 
 
