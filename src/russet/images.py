@@ -98,6 +98,36 @@ def save_as(image: Image.Image, path: Path, text: Mapping[str, str] | None = Non
     return write_first_free(encode_png(image, text or {}), itertools.chain([path], numbered))
 
 
+def save_over(image: Image.Image, path: Path) -> None:
+    """Writes a picture as ``path``, in place of one that is there: a reader finds the old one or the new one, whole.
+
+    Raises:
+        InputError: the name does not end in .png.
+        OutputError: the file cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"a picture's name must end in .png: {path}")
+    part = aside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(encode_png(image, {}))
+        part.replace(path)
+    except OSError as error:
+        raise OutputError(f"no picture can be written to {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size as one, in a row."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for place, image in enumerate(images):
+        row.paste(image, (place * width, 0))
+    return row
+
+
 def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
     """A PNG file's bytes, with text chunks: tEXt where Latin-1 can say it, else iTXt."""
     chunks = PngInfo()

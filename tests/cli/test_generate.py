@@ -163,3 +163,26 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(here):
     assert "interrupted" in err
     assert "Traceback" not in err
     assert pictures(here) == []
+
+
+def test_leaving_work_out_is_written_into_the_picture(here, capsys):
+    less = ["--guidance-interval", "0", "0.9", "--deep-cache", "2"]
+    assert run([PROMPT, *QUICK, *less, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["guidance_interval"], report["deep_cache"]) == ([0.0, 0.9], 2)
+    with Image.open(report["images"][0]["path"]) as image:
+        settings = Parameters.of_text(image.text["parameters"]).settings
+    assert (settings["CFG interval"], settings["Deep cache"]) == ("0.0-0.9", "2")
+    assert run([PROMPT, *QUICK, "--guidance-interval", "0.9", "0.1"]) == 2
+    assert "guidance_interval" in capsys.readouterr().err
+
+
+def test_a_preview_shows_all_pictures_while_they_are_drawn(here, capsys):
+    (here / "look.png").write_bytes(b"what was there before")
+    assert run([PROMPT, *QUICK, "--number", "2", "--preview", "look.png", "-q"]) == 0
+    with Image.open(here / "look.png") as image:
+        assert image.size == (512, 256)
+        assert np.asarray(image).std() > 5
+    assert len(pictures(here)) == 3
+    assert run([PROMPT, *QUICK, "--preview", "look.jpg"]) == 2
+    assert "look.png" in capsys.readouterr().err

@@ -25,6 +25,9 @@ DEMO_NOTE = (
 )
 
 
+PREVIEW_EVERY = 5  # steps
+
+
 def loaded(job: Job, screen: Screen) -> tuple[Any, dict[str, float]]:
     """The pipeline on its device, and how long the start and the loading took."""
     if job.model == DEMO:
@@ -50,6 +53,10 @@ def draw(job: Job, pipe: Any, screen: Screen, times: Mapping[str, float]) -> Non
 
     ``times`` are those of the phases that came before. A whole report is JSON; otherwise the paths go to stdout.
     """
+    if job.deep_cache is None:
+        pipe.disable_deep_cache()
+    else:
+        pipe.enable_deep_cache(job.deep_cache)
     output: StableDiffusionPipelineOutput = pipe(
         job.prompt,
         negative_prompt=job.negative or None,
@@ -59,6 +66,8 @@ def draw(job: Job, pipe: Any, screen: Screen, times: Mapping[str, float]) -> Non
         width=job.width,
         height=job.height,
         seed=job.seed,
+        guidance_interval=job.guidance_interval,
+        **({} if job.preview is None else previewing(job.preview)),
     )
     paths = written(job, pipe, output)
     report = reported(job, pipe, paths, output, {**times, **output.times})
@@ -74,6 +83,19 @@ def draw(job: Job, pipe: Any, screen: Screen, times: Mapping[str, float]) -> Non
     screen.line(
         f"seed {seeds} · {report['width']}×{report['height']} · {report['device']}, {report['dtype']} · {spent}"
     )
+
+
+def previewing(file: Path) -> dict[str, Any]:
+    """The arguments of a call that has a file show, every few steps, what the pictures will be."""
+    from russet.images import save_over, side_by_side
+
+    def show(pipe: Any, index: int, t: Any, tensors: Mapping[str, Any]) -> None:
+        if index % PREVIEW_EVERY == 0 or index == pipe.num_timesteps - 1:
+            pictures = pipe.preview(tensors["pred_original_sample"])
+            sides = [side * pipe.vae_scale_factor for side in pictures[0].size]
+            save_over(side_by_side([picture.resize(sides) for picture in pictures]), file)
+
+    return {"callback_on_step_end": show, "callback_on_step_end_tensor_inputs": ["pred_original_sample"]}
 
 
 def written(job: Job, pipe: Any, output: StableDiffusionPipelineOutput) -> list[Path]:
@@ -99,12 +121,23 @@ def parameters(job: Job, pipe: Any, seed: int, size: tuple[int, int]) -> str:
         "Steps": job.steps,
         "Sampler": sampler(job, pipe),
         "CFG scale": job.guidance,
+        **less_work(job),
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": job.model,
         "Version": f"Russet {russet.__version__}",
     }
     return Parameters(job.prompt, job.negative, {name: str(value) for name, value in settings.items()}).to_text()
+
+
+def less_work(job: Job) -> dict[str, Any]:
+    """What was left out, where something was."""
+    said: dict[str, Any] = {}
+    if job.guidance_interval is not None:
+        said["CFG interval"] = "-".join(map(str, job.guidance_interval))
+    if job.deep_cache is not None:
+        said["Deep cache"] = job.deep_cache
+    return said
 
 
 def sampler(job: Job, pipe: Any) -> str:
@@ -124,6 +157,8 @@ def reported(
         "sampler": sampler(job, pipe),
         "steps": job.steps,
         "guidance": job.guidance,
+        "guidance_interval": job.guidance_interval,
+        "deep_cache": job.deep_cache,
         "width": width,
         "height": height,
         "device": str(pipe.device),

@@ -38,6 +38,9 @@ class Job:
     sampler: str | None
     device: str | None
     dtype: str | None
+    guidance_interval: tuple[float, float] | None
+    deep_cache: int | None
+    preview: Path | None
     quiet: bool
     as_json: bool
 
@@ -51,6 +54,10 @@ class Job:
         if self.sampler is not None:
             names.parse(self.sampler)
         check_output(self.output)
+        if self.preview is not None:
+            if self.preview.suffix.lower() != PNG:
+                raise InputError(f"the preview is a PNG file: {self.preview.with_suffix(PNG)} and not {self.preview}")
+            check_output(self.preview)
         steps, guidance = (DEMO_STEPS, DEMO_GUIDANCE) if self.model == DEMO else (STEPS, GUIDANCE)
         return replace(
             self,
@@ -103,6 +110,25 @@ OPTIONS = (
     click.option("--sampler", metavar="NAME", help="`russet samplers` lists them. [default: the model's own]"),
     device_option,
     dtype_option,
+    click.option(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar="START END",
+        help="The part of the noise schedule, 0 to 1, to guide in; half the work elsewhere. [default: everywhere]",
+    ),
+    click.option(
+        "--deep-cache",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Compute the whole UNet in every N-th step only, once the layout is there. [default: in all]",
+    ),
+    click.option(
+        "--preview",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="While drawing, show in this PNG file every few steps what it will be.",
+    ),
     click.option("-q", "--quiet", is_flag=True, help="Print the paths and nothing else."),
     click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else."),
 )

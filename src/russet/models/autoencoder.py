@@ -41,6 +41,10 @@ class Autoencoder(Model):
         """From latents to pictures."""
         raise NotImplementedError
 
+    def encode(self, x: Tensor, *, return_dict: bool = True) -> Any:
+        """Pictures [B, C, H, W] from -1 to 1 as latents, or as a distribution of them."""
+        raise NotImplementedError
+
     def decode(self, z: Tensor, *, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Pictures [B, C, H, W] from latents [B, Cz, h, w] that are no longer scaled.
 

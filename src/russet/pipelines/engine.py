@@ -30,11 +30,15 @@ Predict = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One model call that is done. ``latents`` [B, C, h, w] are in the scheduler's public convention."""
+    """One model call that is done.
+
+    latents: [B, C, h, w], in the scheduler's public convention. x0: the picture's latents as that call predicted them.
+    """
 
     index: int
     t: float
     latents: Tensor
+    x0: Tensor
 
 
 def denoise(run: Run, predict: Predict) -> Iterator[Step]:
@@ -45,22 +49,31 @@ def denoise(run: Run, predict: Predict) -> Iterator[Step]:
     index = 0
     while (t := run.t) is not None:
         run.send(*predict(run.model_input, t).chunk(1 + run.schedule.needs_unconditional, dim=1))
-        yield Step(index, t, run.latents)
+        assert run.x0 is not None
+        yield Step(index, t, run.latents, run.x0)
         index += 1
 
 
 def decode(vae: Autoencoder, latents: Tensor, at_once: int) -> Tensor:
     """Latents [B, C, h, w] as the denoiser leaves them → pixels [B, 3, H, W] in [-1, 1], float32.
 
-    ``at_once`` pictures are decoded in one call. Undoes the scaling of arXiv:2112.10752, appendix G, and the shift and
-    the statistics per channel of later autoencoders.
+    ``at_once`` pictures are decoded in one call.
+    """
+    parts = torch.split(unscaled(vae, latents).to(vae.dtype), at_once)
+    return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
+
+
+def unscaled(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents as the denoiser has them → as the autoencoder has them, float32.
+
+    Undoes the scaling of arXiv:2112.10752, appendix G, and the shift and the statistics per channel of later
+    autoencoders.
     """
     config = vae.config
-    z = latents.float() / config.scaling_factor
+    z: Tensor = latents.float() / config.scaling_factor
     if config.latents_mean is not None and config.latents_std is not None:
         mean, std = (z.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
         z = z * std + mean
     elif config.shift_factor is not None:
         z = z + config.shift_factor
-    parts = torch.split(z.to(vae.dtype), at_once)
-    return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
+    return z

@@ -14,7 +14,7 @@ from russet.pipelines.guidance import ALWAYS, Guidance
 from russet.pipelines.start import generators_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample")
 SEED_END = 2**63  # seeds count up by one per image and must stay within what torch takes
 
 

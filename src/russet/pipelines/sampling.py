@@ -10,7 +10,7 @@ from torch import Tensor
 
 from russet import arguments
 from russet.devices.plan import Plan
-from russet.errors import ArgumentTypeError
+from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines import engine, rescue
 from russet.pipelines.guidance import Conditioning, predictor
 from russet.pipelines.request import CALLBACK_TENSORS, TextToImage
@@ -99,6 +99,7 @@ class Sampling:
             "latents": step.latents,
             "prompt_embeds": self.conditioning.joined,
             "negative_prompt_embeds": self.conditioning.negative,
+            "pred_original_sample": step.x0,
         }
         shown = {name: tensors[name] for name in self.request.callback_tensors}
         changed = read_answer(self.request.callback(self.pipe, index, as_tensor(step.t), dict(shown)), shown)
@@ -127,7 +128,10 @@ def read_answer(given: Any, shown: dict[str, Tensor | None]) -> dict[str, Tensor
         raise ArgumentTypeError(f"callback_on_step_end must return a dict or None, not {arguments.shown(given)}")
     for name in given:
         arguments.one_of("the names that callback_on_step_end returns", name, CALLBACK_TENSORS)
-    return {name: tensor for name, tensor in given.items() if tensor is not shown.get(name)}
+    changed = {name: tensor for name, tensor in given.items() if tensor is not shown.get(name)}
+    if "pred_original_sample" in changed:
+        raise InputError("pred_original_sample is for looking at: callback_on_step_end may change latents instead")
+    return changed
 
 
 def reconditioned(before: Conditioning, changed: dict[str, Tensor]) -> Conditioning:

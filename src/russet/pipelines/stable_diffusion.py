@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from russet import arguments
@@ -27,6 +28,7 @@ from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.clock import Clock
 from russet.pipelines.guidance import Conditioning
 from russet.pipelines.output import StableDiffusionPipelineOutput
+from russet.pipelines.preview import Previews
 from russet.pipelines.request import Geometry, TextToImage
 from russet.pipelines.sampling import Sampling
 from russet.pipelines.start import NoiseSource
@@ -76,6 +78,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._primed: torch.device | None = None
+        self._previews = Previews()
         self.interrupt = False
         if self.safety_checker is not None and self.feature_extractor is None:
             raise InputError("a safety_checker needs a feature_extractor, which prepares the pictures for it")
@@ -134,7 +137,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             clip_skip: how many of the text encoder's last layers to leave out for the prompt.
             callback_on_step_end: called as ``f(pipe, index, t, tensors)`` after every model call. What it returns,
                 a dict of the same names, replaces those tensors.
-            callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" it gets.
+            callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" and
+                "pred_original_sample" it gets. The last, the picture's latents as they are foreseen, is for previews.
             seed: one stream of noise per picture: a number (the second picture has ``seed + 1``, and so on), or one per
                 picture. The same seed gives the same picture on every device and in every batch.
 
@@ -275,6 +279,19 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with self.at_work("safety_checker", plan):
             pixels, flags = safety.checked(self.safety_checker, self.feature_extractor, pixels)
         return pixels, flags, notes
+
+    @torch.no_grad()
+    def preview(self, latents: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
+        """Small pictures of latents [B, C, h, w], at almost no cost: for callbacks, one pixel for each latent.
+
+        A linear map from latents to colours makes them, which is fitted to the pipeline's VAE at the first use; that
+        encodes four pictures of 128×128. With ``vae``, an ``AutoencoderTiny`` for example, that network decodes them
+        where it is, at full size; and so does the pipeline's own VAE if it is a tiny one.
+
+        Raises:
+            InputError: latents of another shape; what is not finite is shown as 0.
+        """
+        return self._previews.pictures(self, latents, vae)
 
     # -- what the components say about sizes
 
