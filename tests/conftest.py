@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from . import absent
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the Hub bring a server of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+absent.stand_in()  # before any test module is imported
+pytest_runtest_setup = absent.skip_without_half
 
 MINI = Path(__file__).parents[1] / "src" / "russet" / "mini"
 
@@ -38,72 +43,111 @@ def mini(shared_mini: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Stable Diffusion of 64×64 pixels, safety checker and all, saved by Diffusers."""
+    """A random Stable Diffusion of 64×64 pixels, safety checker and all, saved by Diffusers (by Russet without it)."""
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    tiny_reference().save_pretrained(folder)
+    (tiny_reference() if absent.installed("diffusers") else tiny_own()).save_pretrained(folder)
     return folder
 
 
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+VAE = {
+    "block_out_channels": (8, 8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
+TEXT = {
+    "vocab_size": 2944,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "bos_token_id": 2942,
+    "eos_token_id": 2943,
+    "pad_token_id": 2943,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+PROCESSOR = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+
+
 def tiny_reference() -> Any:
-    """The same as a Diffusers pipeline; random weights with a fixed seed, and mini's tokenizer."""
+    """The tiny pipeline of Diffusers; random weights with a fixed seed, and mini's tokenizer."""
     import diffusers
     import torch
     import transformers
-
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        sample_size=64,
-    )
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=2944,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            bos_token_id=2942,
-            eos_token_id=2943,
-            pad_token_id=2943,
-        )
-    )
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
-    )
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
-    checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision.to_dict(), projection_dim=16))
-    torch.nn.init.normal_(checker.concept_embeds)
-    torch.nn.init.normal_(checker.special_care_embeds)
-    torch.nn.init.constant_(checker.concept_embeds_weights, 2.0)  # more than a cosine: nothing is flagged
-    torch.nn.init.constant_(checker.special_care_embeds_weights, 2.0)
-    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    torch.manual_seed(0)
+    unet, vae = diffusers.UNet2DConditionModel(**UNET), diffusers.AutoencoderKL(**VAE)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT))
+    config = transformers.CLIPConfig(vision_config=transformers.CLIPVisionConfig(**VISION).to_dict(), projection_dim=16)
     pipe = diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=text.eval(),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(MINI / "tokenizer"),
         unet=unet,
-        scheduler=diffusers.PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-        ),
-        safety_checker=checker,
-        feature_extractor=processor,
+        scheduler=diffusers.PNDMScheduler(**SCHEDULER),
+        safety_checker=harmless(StableDiffusionSafetyChecker(config)),
+        feature_extractor=transformers.CLIPImageProcessor(**PROCESSOR),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_own() -> Any:
+    """The same pipeline made by Russet, for where there is no Diffusers."""
+    import torch
+
+    import russet
+    from russet.image_processor import CLIPImageProcessor
+    from russet.models.safety_checker import StableDiffusionSafetyChecker
+    from russet.tokenizer import CLIPTokenizer
+
+    torch.manual_seed(0)
+    return russet.StableDiffusionPipeline(
+        vae=russet.AutoencoderKL(VAE),
+        text_encoder=russet.CLIPTextModel({**TEXT, "dtype": "float32"}),
+        tokenizer=CLIPTokenizer.from_files(MINI / "tokenizer"),
+        unet=russet.UNet2DConditionModel(UNET),
+        scheduler=russet.PNDMScheduler(**SCHEDULER),
+        safety_checker=harmless(StableDiffusionSafetyChecker({"vision_config": VISION, "projection_dim": 16})),
+        feature_extractor=CLIPImageProcessor(**PROCESSOR),
+    )
+
+
+def harmless(checker: Any) -> Any:
+    """A safety checker with random concepts that flags nothing: its thresholds are more than a cosine."""
+    import torch
+
+    torch.nn.init.normal_(checker.concept_embeds)
+    torch.nn.init.normal_(checker.special_care_embeds)
+    torch.nn.init.constant_(checker.concept_embeds_weights, 2.0)
+    torch.nn.init.constant_(checker.special_care_embeds_weights, 2.0)
+    return checker
 
 
 @pytest.fixture(scope="session")

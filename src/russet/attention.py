@@ -103,8 +103,8 @@ class sliced:
 class chunked:
     """Attention over ``queries`` × ``keys`` scores of every head at a time, by the online softmax of arXiv:1805.02867.
 
-    The running maximum, sum and weighted values are float32 whatever the dtype. Without ``keys`` all keys are taken at
-    once: less work, and still only ``queries`` rows of each score matrix.
+    The softmax is float32 whatever the dtype, and so are its running maximum, sum and weighted values. Without ``keys``
+    all keys are taken at once: less work, and still only ``queries`` rows of each score matrix.
 
     Raises:
         InputError: ``queries`` or ``keys`` is not a positive int.
@@ -121,10 +121,20 @@ class chunked:
         out = _like_tokens(q, v)
         for n in range(0, q.shape[2], self.queries):
             part = slice(n, n + self.queries)
-            out[:, :, part] = self._rows(q[:, :, part] * scale, k, v, None if mask is None else mask[:, :, part])
+            rows = self._at_once if self.keys is None or self.keys >= k.shape[2] else self._piece_by_piece
+            out[:, :, part] = rows(q[:, :, part] * scale, k, v, None if mask is None else mask[:, :, part])
         return out
 
-    def _rows(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The result for some queries, already scaled, over all keys."""
+        scores = (q @ k.transpose(-1, -2)).float()
+        if mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1)
+        del scores
+        return weights.to(v.dtype) @ v
+
+    def _piece_by_piece(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The result for some queries, already scaled, gathered over pieces of the keys."""
         shape = (*q.shape[:3], 1)
         # Not -inf: a first piece that is masked out altogether would give exp(-inf + inf).

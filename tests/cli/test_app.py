@@ -106,7 +106,7 @@ def test_info_names_the_versions_and_the_device(capsys):
     shown = capsys.readouterr().out
     import torch
 
-    for text in (russet.__version__, torch.__version__, "chip", "memory"):
+    for text in (russet.__version__, torch.__version__.partition("+")[0], "chip", "memory"):
         assert text in shown
 
 

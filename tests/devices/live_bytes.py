@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storage(x):
-    return x.untyped_storage() if hasattr(x, "untyped_storage") else x.storage()._untyped()
+    return x.untyped_storage() if hasattr(x, "untyped_storage") else x.storage().untyped()
 
 
 def tensors(tree):

@@ -15,6 +15,7 @@ from russet import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from russet.devices.facts import mac as written_mac
 from russet.devices.facts import read_facts
 from russet.models.clip_text import CLIPTextModel
+from russet.models.norms import ComposedGroupNorm
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 from russet.tokenizer import CLIPTokenizer
@@ -173,6 +174,19 @@ def test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow():
     more = waits[9] - waits[4]
     assert set(more) <= {"item"}
     assert more["item"] <= 1
+
+
+def test_a_composed_group_norm_takes_a_few_operations():
+    counted = {}
+    for torch_version in ("2.1.2", "2.5.1", "2.12.1"):
+        skip_newer(torch_version)
+        with VirtualMac(torch=torch_version) as mac:
+            norm = ComposedGroupNorm(8, 32).half().to("mps")
+            x = torch.randn(2, 32, 16, 16).half().to("mps")
+            with mac.measure() as counts, torch.no_grad():
+                norm(x)
+            counted[torch_version] = counts.kernel_count
+    assert set(counted.values()) == {4}  # to float32, normalised, back, weighted
 
 
 @pytest.mark.parametrize("kind_of_offload", ["model", "sequential"])

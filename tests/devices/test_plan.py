@@ -61,20 +61,28 @@ def assert_readable(made: Plan):
         assert not re.search(r"[{}]|None|object at", str(decision)), decision
 
 
-@pytest.mark.parametrize("torch_version", ["2.5.1", "2.13.0"])
+@pytest.mark.parametrize("macos", ["13.6", "15.0"])
+@pytest.mark.parametrize("torch_version", TORCHES)
 @pytest.mark.parametrize("side", [512, 1024])
-def test_sd_15_fits_an_8_gb_mac_beside_a_browser(side, torch_version):
-    facts = on("M1 8 GB", torch_version)
+def test_sd_15_fits_an_8_gb_mac_beside_a_browser(side, torch_version, macos):
+    facts = on("M1 8 GB", torch_version, macos)
     bare = plan(facts, published.sd15(safety_checker=False, width=side, height=side))
     assert bare.peak <= 3.0e9
     checked = plan(facts, published.sd15(width=side, height=side), Request(rereadable=True))
-    assert checked.peak <= facts.budget <= 3.01e9
+    assert checked.peak <= 3.0e9
 
 
 def test_flash_kernels_are_used_from_torch_2_13_on_with_heads_padded():
     attention = plan(on(torch="2.13.0"), published.sd15()).attention("unet")
     assert attention == AttentionChoice(kind="fused", pad=(64, 80, 256))  # for heads of 40, 80 and 160
     assert plan(on("M1 16 GB"), published.sdxl()).attention("unet") == AttentionChoice()  # heads of 64 need none
+
+
+def test_flash_kernels_take_float32_too():
+    made = plan(on("M2 Pro 32 GB"), published.sd15(), Request(dtype="float32"))
+    assert made.attention("unet") == AttentionChoice(kind="fused", pad=(64, 80, 256))
+    weights = made.estimate["denoise"].parameters
+    assert made.estimate["denoise"].peak - weights <= 220 * 2**20
 
 
 @pytest.mark.parametrize("torch_version", ["1.13.1", "2.0.1", "2.5.1", "2.12.1"])
@@ -115,7 +123,7 @@ def test_a_slice_of_scores_never_takes_more_than_its_share():
         made = plan(facts, sizes)
         scores = [call.scores(made.attention("unet")) for call in unet_calls(sizes, made)]
         scores.append(vae_call(sizes, made).scores(made.attention("vae")))
-        assert max(scores) * 4 <= min(2**28, max(facts.budget // 9, 2**27 // 3))
+        assert max(scores) * 4 <= min(2**28, max(facts.budget // 6, 2**27 // 2))
 
 
 def test_a_cpu_that_computes_bfloat16_says_so_and_stays_exact_until_asked():
@@ -355,13 +363,10 @@ def test_a_plan_explains_itself_in_lines():
     assert "instead of 1.08 GB" in text  # 16 matrices of 4096×4096 float32 scores
 
 
-def test_attention_after_an_overflow_has_float32_scores_and_stays_in_pieces():
-    made = plan(on(), published.sd15())
-    assert made.attention("unet").kind == "fused"
-    precise = made.precise_attention("unet")
-    assert (precise.kind, precise.upcast) == ("chunked", True)
-    assert max(call.scores(precise) for call in unet_calls(made.sizes, made)) * 4 * 3 <= 2**27
-    assert plan(gpu(), published.sd15()).precise_attention("unet") == AttentionChoice(upcast=True)
+def test_attention_after_an_overflow_is_float32_and_builds_no_more_than_before():
+    for facts in (on(), on(torch="2.12.1"), gpu()):
+        made = plan(facts, published.sd15())
+        assert made.precise_attention("unet") == dataclasses.replace(made.attention("unet"), upcast=True)
 
 
 def test_a_decision_that_was_not_made_is_our_mistake():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from russet.attention import HAS_SDPA
 from russet.devices.bugs import BY_ID
 from russet.devices.facts import mac, read_facts
 from russet.errors import DeviceError
@@ -43,6 +44,7 @@ def test_networks_stay_within_their_tolerance(case):
     assert check_network(case, CPU, "bfloat16", read_facts("cpu")).verdict == "ok"
 
 
+@pytest.mark.cpu_half
 def test_a_wrong_operation_is_found(monkeypatch):
     right = F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda x, w: right(x, w) * (1.1 if x.dtype == torch.float16 else 1))
@@ -132,7 +134,8 @@ def test_a_virtual_mac_passes_whatever_its_defects(torch_version, macos, monkeyp
     assert passed(found), [str(line) for line in found if line.verdict in ("wrong", "failed")]
     present = {line.name for line in found if line.verdict == "present"}
     assert "defect empty-baddbmm" in present
-    assert ("defect causal-leak" in present) is (torch_version != "2.13.0")
+    if HAS_SDPA:  # without it an older torch cannot show what a newer one's does
+        assert ("defect causal-leak" in present) is (torch_version != "2.13.0")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has mps")

@@ -20,7 +20,8 @@ def measured(version: str, q: tuple[int, ...], keys: int | None = None, dtype: t
         key = torch.empty(*q[:2], keys or q[2], q[3], dtype=dtype, device="mps")
         with mac.measure() as counts:
             out = F.scaled_dot_product_attention(query, key, key, **options)
-        return counts.kernel_count, out.nbytes, counts.extra - out.nbytes
+        size = out.numel() * out.element_size()
+        return counts.kernel_count, size, counts.extra - size
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,13 @@ TINY = {
 }
 
 
+@pytest.fixture(params=["in few operations", "in little memory"])
+def way(request, monkeypatch):
+    """Both ways of the composed norm, whatever the size."""
+    monkeypatch.setattr("russet.models.norms.AT_ONCE", 0 if request.param == "in little memory" else 2**40)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_composed_group_norm_equals_torchs(memory_format):
     x = (3 * torch.randn(2, 24, 5, 7) + 10).contiguous(memory_format=memory_format)
@@ -29,12 +36,21 @@ def test_a_composed_group_norm_equals_torchs(memory_format):
     torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_composed_group_norm_survives_what_overflows_when_squared_in_half_precision():
     x = 1000 * torch.randn(1, 16, 8, 8)
     norm = ComposedGroupNorm(4, 16)
     half = norm.half()(x.half()).float()
     assert torch.isfinite(half).all()
     torch.testing.assert_close(half, norm.float()(x), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.usefixtures("way")
+def test_a_composed_group_norm_is_exact_far_from_zero_in_half_precision():
+    x = (30 + torch.randn(2, 32, 16, 16)).half()
+    norm = ComposedGroupNorm(8, 32)
+    expected = nn.GroupNorm(8, 32)(x.float())
+    assert (norm.half()(x).float() - expected).abs().max() <= 0.02  # rounding the mean to half precision alone is 0.016
 
 
 def test_a_float32_layer_norm_takes_and_gives_half_precision():

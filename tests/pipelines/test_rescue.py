@@ -12,6 +12,8 @@ import torch
 
 import russet
 
+pytestmark = pytest.mark.cpu_half
+
 LIMIT = 65504.0  # the largest float16
 FAST = {"num_inference_steps": 7, "output_type": "np", "seed": 1}
 

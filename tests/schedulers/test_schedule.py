@@ -59,6 +59,7 @@ def test_a_run_and_the_step_protocol_give_the_same_latents(cls: type[Scheduler])
     assert torch.allclose(x, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cpu_half
 @pytest.mark.parametrize("cls", ALL)
 def test_half_precision_latents_come_back_in_half_precision_and_close(cls: type[Scheduler]) -> None:
     schedule = make(cls).schedule(6)

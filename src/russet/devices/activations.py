@@ -12,6 +12,7 @@ from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 
 FUSED = AttentionChoice()
+COMPOSED_AT_ONCE = 2**23  # numbers in a map; what is larger, a composed norm takes in steps that need less memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +48,29 @@ class Attended:
         scores = self.scores(choice)
         if choice.kind == "sliced":  # the scaled queries, scores and their softmax
             scores = 2 * scores * inner + q * inner // 2
-        elif choice.kind == "chunked":  # float32 scores, less their maximum, exponentials; and those of the keys before
+        elif choice.kind == "chunked":
             queries = min(choice.queries or self.queries, self.queries)
             step = min(choice.keys or self.keys, self.keys)
-            columns = max(3 * step, step + 3 * min(step, self.keys - step))
-            scores = self.batch * self.heads * queries * (4 * columns + padded * (8 + inner))
+            if step == self.keys:  # float32 scores and their softmax; the scaled queries
+                row = 8 * step + padded * inner
+            else:  # float32 scores, less their maximum, exponentials; and those of the keys before
+                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + padded * (8 + inner)
+            scores = self.batch * self.heads * queries * row
         return copies + q * inner + scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """How a network computes: bytes per number, attention, and whether GroupNorm is composed of plain operations."""
+    """How a network computes.
+
+    width: bytes per number. composed: GroupNorm is composed of plain operations. reordered: GroupNorm takes a map apart
+    by channels, as CUDA's does, and what follows puts it together again.
+    """
 
     width: int = 4
     attention: AttentionChoice = FUSED
     composed: bool = False
+    reordered: bool = False
 
 
 @dataclass
@@ -84,14 +93,19 @@ class Walk:
     def resnet(self, x: int, out: int, held: bool = False) -> None:
         """norm and convolution, twice; activations and sums work in place. ``held``: its input is counted elsewhere."""
         beside = 0 if held else x
+        again = 2 if self.how.reordered else 1
         self.norm(beside, x)
-        self.moment(beside, x, out)
+        self.moment(beside, again * x, out)
         self.norm(beside + out, out)
-        self.moment(beside, out, out)
+        self.moment(beside, again * out, out)
 
     def norm(self, beside: int, x: int) -> None:
-        """Normalises ``x``, which is counted elsewhere. A composed norm casts it to float32 for its statistics."""
-        self.moment(beside, x * 4 // self.how.width if self.how.composed else x)
+        """Normalises ``x``, which is counted elsewhere. A composed norm holds two float32 maps, of a large map one."""
+        numbers = x // self.how.width
+        if self.how.composed:
+            self.moment(beside, (8 if numbers <= COMPOSED_AT_ONCE else 4) * numbers)
+        else:
+            self.moment(beside, 2 * x if self.how.reordered else x)
 
     def transformer(self, area: int, channels: int, heads: int, depth: int) -> None:
         """Normalised map, then blocks over its tokens ``t``; the tokens that entered a block live until it ends."""

@@ -12,7 +12,7 @@ from russet.devices.decisions import gigabytes
 from russet.devices.facts import Facts
 from russet.errors import InputError
 
-FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on
+FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on; its wheels hold them for float32 too
 SHORT = 2**28  # bytes of scores at a time even where memory is plenty: long command buffers meet the GPU's watchdog
 LONGEST_CONTRACTION = 16384  # keys at a time on chips whose long products are wrong
 LEAST_ROOM = 2**27  # bytes for scores, whatever is free: smaller pieces would be slow
@@ -45,12 +45,12 @@ def choose_attention(
 
     ``overflows``: the network's scores are known to be too large for float16.
     """
-    reason = why_not_fused(facts, dtype, {call.dim for call in calls}) if calls else None
+    reason = why_not_fused(facts, {call.dim for call in calls}) if calls else None
     if reason is None:
         pad = padding(facts, {call.dim for call in calls})
         exact = "; padding with zeros is exact" if pad else ""
         return AttentionChoice(pad=pad), f"torch's fused kernels build no score matrix{exact}"
-    choice = chunks(facts, calls, min(room // 3, SHORT, Caps.of(facts).bytes))
+    choice = chunks(facts, calls, room)
     whole, part = (max(call.scores(one) for call in calls) * 4 for one in (WHOLE, choice))
     if part == whole:
         reason = f"{reason}; its scores fit in one piece"
@@ -59,9 +59,11 @@ def choose_attention(
     return with_upcast(facts, dtype, overflows, choice, reason)
 
 
-def chunks(facts: Facts, calls: Sequence[Attended], limit: int) -> AttentionChoice:
-    """The largest pieces whose float32 scores stay within ``limit`` bytes in every call."""
+def chunks(facts: Facts, calls: Sequence[Attended], room: int) -> AttentionChoice:
+    """The largest pieces whose float32 scores ``room`` bytes hold twice in every call, with pieces of keys thrice."""
+    most = min(SHORT, Caps.of(facts).bytes)
     for keys in key_chunks(facts, calls):
+        limit = min(room // (2 if keys is None else 3), most)
         for queries in CHUNKS:
             choice = AttentionChoice(kind="chunked", queries=queries, keys=keys)
             if all(call.scores(choice) * 4 <= limit for call in calls):
@@ -87,25 +89,14 @@ def with_upcast(
     return replace(choice, upcast=True), f"{reason}; {why}"
 
 
-def why_not_fused(facts: Facts, dtype: str, dims: set[int]) -> str | None:
+def why_not_fused(facts: Facts, dims: set[int]) -> str | None:
     """Why fused attention would build the whole score matrix here, in words; None where it does not."""
     bugs = (affected(facts, bug_id) for bug_id in ("no-sdpa", "no-flash", "no-cpu-flash"))
     if bug := next(filter(None, bugs), None):
         return f"in this torch {bug.what}"
-    if facts.device != "mps":
-        return None
-    if dtype == "float32":
-        return "the flash kernels of mps are for half precision"
-    if max(dims) > FLASH_HEADS[-1]:
+    if facts.device == "mps" and max(dims) > FLASH_HEADS[-1]:
         return f"no flash kernel takes heads of {max(dims)} numbers"
     return None
-
-
-def precise_attention(facts: Facts, calls: Sequence[Attended], choice: AttentionChoice) -> AttentionChoice:
-    """A choice with float32 scores, to go on with after half precision has overflowed."""
-    if choice.kind == "fused" and facts.device == "mps":  # its flash kernels are for half precision
-        choice = chunks(facts, calls, LEAST_ROOM // 3)
-    return replace(choice, upcast=True)
 
 
 def padding(facts: Facts, dims: set[int]) -> tuple[int, ...]:
@@ -126,7 +117,7 @@ def slicing_asked(
     """
     widest = max(calls, key=lambda call: call.queries)
     if asked == "off":
-        if why_not_fused(facts, dtype, {call.dim for call in calls}) is None:
+        if why_not_fused(facts, {call.dim for call in calls}) is None:
             return choose_attention(facts, dtype, calls, 0)[0], "slicing is off; fused kernels build no score matrix"
         rows, reason = max(call.batch * call.heads for call in calls), "slicing is off: the whole score matrix at once"
     elif asked == "auto":

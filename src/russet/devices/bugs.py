@@ -91,7 +91,7 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "flash-head-sizes",
-        "flash kernels exist for heads of 32, 64, 72, 80, 96, 128 and 256, in half precision",
+        "flash kernels exist for heads of 32, 64, 72, 80, 96, 128 and 256",
         "other head sizes build the whole score matrix",
         "heads are padded with zeros to the next size, with their own scale; larger ones go in chunks",
         "https://github.com/pytorch/pytorch/pull/181575",

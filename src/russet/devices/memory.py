@@ -65,7 +65,12 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
 
     def how(component: str) -> Arithmetic:
         attention = AttentionChoice() if component == "safety_checker" else found.attention(component)
-        return Arithmetic(width=found.width(component), attention=attention, composed=found["group_norm"] == "composed")
+        return Arithmetic(
+            width=found.width(component),
+            attention=attention,
+            composed=found["group_norm"] == "composed",
+            reordered=reordered(found),
+        )
 
     needs = {}
     vae = min(found.vae_batch, sizes.images), tile_latents(sizes, found), how("vae")
@@ -80,6 +85,13 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
     if sizes.vision:
         needs["check"] = tower_peak(sizes.vision, sizes.images, how("safety_checker"))
     return needs
+
+
+def reordered(found: Decisions) -> bool:
+    """Whether channels-last maps meet CUDA's GroupNorm, which works channel by channel, and not the fused one."""
+    on_cuda = found["idle_weights"] == "cpu"
+    plain = found["elementwise"] == "plain" or found.offload == "sequential"  # layers that come and go are not fused
+    return on_cuda and plain and found.memory_format == "channels_last"
 
 
 def resident(sizes: Sizes, found: Decisions, phases: Iterable[str]) -> dict[str, int]:

@@ -9,11 +9,9 @@ What a pipeline does with each decision is written in ``MEANING``, one line per 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from russet.devices.attention_rules import precise_attention
-from russet.devices.calls import attention_calls
 from russet.devices.choices import MEANING, AttentionChoice, Request, Tile
 from russet.devices.decisions import Decision, Decisions, gigabytes, spelled
 from russet.devices.facts import Facts
@@ -38,9 +36,8 @@ class Plan(Decisions):
         return self.estimate.peak
 
     def precise_attention(self, component: str) -> AttentionChoice:
-        """What a component attends by once half precision has overflowed: float32 scores, still in pieces."""
-        calls = attention_calls(component, self.sizes, self)
-        return precise_attention(self.facts, calls, self.attention(component))
+        """What a component attends by once half precision has overflowed: float32, in the same way."""
+        return replace(self.attention(component), upcast=True)
 
     def __str__(self) -> str:
         return self.explain()
