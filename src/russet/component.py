@@ -30,7 +30,7 @@ class Component:
         Raises:
             ConfigError: a value has the wrong type or does not make sense.
         """
-        return cls(cls.config_class.from_dict({**config, **changes}, cls.__name__))  # type: ignore[call-arg]
+        return cls(cls.config_class.merged(config, changes, cls.__name__))  # type: ignore[call-arg]
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:

@@ -70,6 +70,11 @@ class Config(Mapping[str, Any]):
             raise ConfigError(f"{where}: {error}") from None if where else error
 
     @classmethod
+    def merged(cls, config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> Self:
+        """Another config, or JSON data, with changes made to it; see ``from_dict``."""
+        return cls.from_dict({**config, **changes}, where)
+
+    @classmethod
     def of(cls, config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> Self:
         """The config that a constructor was given: as one object, as keyword arguments, or both.
 

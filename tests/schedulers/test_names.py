@@ -87,6 +87,15 @@ def test_a_name_says_all_of_the_schedule_whatever_the_config_said_before() -> No
     assert back.config.beta_schedule == "scaled_linear"
 
 
+@pytest.mark.parametrize("name", names.list_samplers())
+def test_a_name_means_the_same_sampler_after_any_other(name: str) -> None:
+    plain = names.make(name, SD).config.to_dict()
+    for other in names.list_samplers():
+        earlier = names.make(f"{other}_karras" if "2s" not in other else other, SD)
+        found = names.make(name, earlier.config).config.to_dict()
+        assert {key: found[key] for key in plain} == plain, other
+
+
 def test_the_models_own_spacing_is_kept() -> None:
     scheduler = names.make("euler_a", {**SD, "timestep_spacing": "trailing", "prediction_type": "v_prediction"})
     assert (scheduler.config.timestep_spacing, scheduler.config.prediction_type) == ("trailing", "v_prediction")

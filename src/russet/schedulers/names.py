@@ -52,9 +52,11 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "dpmpp_3m_sde": Sampler("DPM++ 3M SDE", "DPMSolverMultistepScheduler", _dpm(3, "sde-dpmsolver++")),
     "dpmpp_sde": Sampler("DPM++ SDE", "DPMSolverSDEScheduler"),
-    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", {"solver_type": "bh1"}, ("uni_pc",)),
-    "unipc_bh2": Sampler("UniPC bh2", "UniPCMultistepScheduler", {"solver_type": "bh2"}, ("uni_pc_bh2",)),
-    "deis": Sampler("DEIS", "DEISMultistepScheduler"),
+    "unipc": Sampler("UniPC", "UniPCMultistepScheduler", {"solver_type": "bh1", "solver_order": 2}, ("uni_pc",)),
+    "unipc_bh2": Sampler(
+        "UniPC bh2", "UniPCMultistepScheduler", {"solver_type": "bh2", "solver_order": 2}, ("uni_pc_bh2",)
+    ),
+    "deis": Sampler("DEIS", "DEISMultistepScheduler", {"solver_order": 2}),
     "lcm": Sampler("LCM", "LCMScheduler"),
     "tcd": Sampler("TCD", "TCDScheduler"),
     "restart": Sampler("Restart", "RestartScheduler"),

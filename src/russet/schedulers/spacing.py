@@ -45,10 +45,12 @@ def timesteps(name: str, steps: int, train: int, *, last: int, offset: int = 0, 
 
 
 def sigmas(name: str, steps: int, low: float, high: float, table: Table) -> Values:
-    """Noise levels from ``high`` to ``low`` by name; those of align_your_steps are the table's own."""
-    if name in ALIGNED:
-        return aligned(steps, [*(table.sigma(t) for t in ALIGNED[name]), low])
-    return SIGMAS[name](steps, low, high)
+    """Noise levels from ``high`` to ``low`` by name; those of align_your_steps are the table's own down to ``low``."""
+    if name not in ALIGNED:
+        return SIGMAS[name](steps, low, high)
+    levels = [*(table.sigma(t) for t in ALIGNED[name]), low]  # for another number of steps, linear in log(sigma)
+    at = np.linspace(0, len(levels) - 1, steps + 1)[:-1]
+    return np.exp(np.interp(at, np.arange(len(levels)), np.log(levels)))
 
 
 def karras(steps: int, low: float, high: float, rho: float = 7.0) -> Values:
@@ -80,12 +82,6 @@ SIGMAS: Mapping[str, Callable[[int, float, float], Values]] = {
     "kl_optimal": kl_optimal,
     "lu": polyexponential,  # even in log(sigma) too, but told rounded timesteps (arXiv:2211.01095)
 }
-
-
-def aligned(steps: int, levels: Sequence[float]) -> Values:
-    """Any number of steps out of optimised levels: linear in log(sigma) along the list; the last level is the end."""
-    at = np.linspace(0, len(levels) - 1, steps + 1)[:-1]
-    return np.exp(np.interp(at, np.arange(len(levels)), np.log(levels)))
 
 
 def beta_quantiles(p: Values, alpha: float) -> Values:

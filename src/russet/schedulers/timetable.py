@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from typing_extensions import Self
 
 from russet import arguments
 from russet.component import Component
@@ -57,15 +56,6 @@ class Timetable(Component):
         self.config = self.config_class.of(config, changes)
         self.key = self.config.key
         self.table = self.make_table()
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Self:
-        """Makes the scheduler from another one's config: keys that both know are taken over, the others are kept.
-
-        Raises:
-            ConfigError: a value that the class cannot use.
-        """
-        return cls(cls.config_class.merged(config, changes, cls.__name__))
 
     # -- what a subclass may say in its own way
 
