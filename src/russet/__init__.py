@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from russet.models.unet import UNet2DConditionModel as UNet2DConditionModel
     from russet.models.vae import AutoencoderKL as AutoencoderKL
     from russet.pipelines.base import DiffusionPipeline as DiffusionPipeline
+    from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline as LatentConsistencyModelPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
     from russet.schedulers.named import DDIMCFGPPScheduler as DDIMCFGPPScheduler
@@ -85,6 +86,7 @@ HOMES = {
     "KDPM2DiscreteScheduler": "russet.schedulers.named",
     "LCMScheduler": "russet.schedulers.named",
     "LMSDiscreteScheduler": "russet.schedulers.named",
+    "LatentConsistencyModelPipeline": "russet.pipelines.latent_consistency",
     "PNDMScheduler": "russet.schedulers.named",
     "RestartScheduler": "russet.schedulers.named",
     "RussetError": "russet.errors",

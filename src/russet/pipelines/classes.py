@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from russet.errors import ConfigError
 from russet.pipelines.base import DiffusionPipeline
+from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline
 from russet.pipelines.stable_diffusion import StableDiffusionPipeline
 
-PIPELINES: dict[str, type[DiffusionPipeline]] = {"StableDiffusionPipeline": StableDiffusionPipeline}
+PIPELINES: dict[str, type[DiffusionPipeline]] = {
+    "LatentConsistencyModelPipeline": LatentConsistencyModelPipeline,
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+}
 
 
 def pipeline_class(name: str) -> type[DiffusionPipeline]:

@@ -337,7 +337,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             height=height or geometry.sample[0] * geometry.factor,
             width=width or geometry.sample[1] * geometry.factor,
             images=images,
-            rows=2 if guided else 1,
+            rows=2 if (guided or self.scheduler.needs_unconditional) and not geometry.told_scale else 1,
             deep_branch=None if self.deep_cache is None else self.deep_cache.branch,
         )
 
