@@ -50,8 +50,7 @@ class DDPMScheduler(Scheduler, keys=LIMITED, timestep_spacing="leading", clip_sa
     zero_snr = ALMOST_PURE_NOISE
 
     def solver(self, steps: int, **options: Any) -> Solver:
-        large = self.key("variance_type").startswith("fixed_large")
-        return solvers.ddpm_large if large else partial(solvers.euler, eta=1.0)
+        return partial(solvers.euler, eta=1.0, large=self.key("variance_type").startswith("fixed_large"))
 
 
 class PNDMScheduler(Scheduler, keys=SPACED, timestep_spacing="leading", skip_prk_steps=False, set_alpha_to_one=False):

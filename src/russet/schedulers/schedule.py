@@ -148,16 +148,11 @@ class Run:
         self.x0: Tensor | None = None
         self._steps = schedule.solver(x, schedule.points, schedule.end, noise)
         _, point = next(self._steps)
-        self.point: Point | None = point
-        self._x = schedule.border.inward(x.float(), point.sigma)
+        self._arrive(schedule.border.inward(x.float(), point.sigma), point)
 
-    @property
-    def t(self) -> float | None:
-        return None if self.point is None else self.point.t
-
-    @property
-    def sigma(self) -> float:
-        return self.schedule.end.sigma if self.point is None else self.point.sigma
+    def _arrive(self, x: Tensor, point: Point | None) -> None:
+        self._x, self.point, self.t = x, point, None if point is None else point.t
+        self.sigma = self.schedule.end.sigma if point is None else point.sigma
 
     @property
     def latents(self) -> Tensor:
@@ -199,6 +194,6 @@ class Run:
             x = x + (x0 - seen)  # so that (x - x0) / sigma is the noise that was seen
         self.x0 = x0.to(self.dtype)
         try:
-            self._x, self.point = self._steps.send((x, x0))
+            self._arrive(*self._steps.send((x, x0)))
         except StopIteration as finished:
-            self._x, self.point = finished.value, None
+            self._arrive(finished.value, None)

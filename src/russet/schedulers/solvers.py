@@ -45,27 +45,20 @@ def ancestral(a: float, b: float, eta: float) -> tuple[float, float]:
     return math.sqrt(b**2 - up**2), up
 
 
-def euler(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, eta: float = 0.0) -> Steps:
+def euler(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, eta: float = 0.0, large: bool = False) -> Steps:
     """Euler's method (arXiv:2206.00364). On the spacing of DDIM it is DDIM (arXiv:2010.02502) with the same ``eta``;
-    with eta = 1 it is Euler ancestral, and DDPM's posterior of the smaller variance.
+    with eta = 1 it is Euler ancestral, and DDPM with the posterior's variance.
+
+    large: the variance is beta, the larger of DDPM's two (arXiv:2006.11239, section 3.2), and none in the last step.
     """
     for a, b in pairs(points, end):
         x, x0 = yield x, a
         down, up = ancestral(a.sigma, b.sigma, eta)
+        if large:
+            up = math.sqrt((a.sigma**2 - b.sigma**2) / (1 + a.sigma**2) * (1 + b.sigma**2)) if b.sigma > 0 else 0.0
         x = along(x, x0, a, down)
         if eta > 0:
             x = x + up * noise()
-    return x
-
-
-def ddpm_large(x: Tensor, points: Sequence[Point], end: Point, noise: Noise) -> Steps:
-    """DDPM with the larger of its two variances, beta (arXiv:2006.11239, section 3.2); none in the last step."""
-    for a, b in pairs(points, end):
-        x, x0 = yield x, a
-        x = x0 + (x - x0) * (b.sigma / a.sigma) ** 2
-        if b.sigma > 0:
-            beta = (a.sigma**2 - b.sigma**2) / (1 + a.sigma**2)
-            x = x + math.sqrt(beta * (1 + b.sigma**2)) * noise()
     return x
 
 
