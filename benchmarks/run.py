@@ -43,8 +43,9 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--device", default={"gpu": "cuda", "cpu": "cpu"}[name])
         command.add_argument("--list", action="store_true", help="print the cases and contestants, and stop")
     tables = commands.add_parser("report")
-    tables.add_argument("results", nargs="+", type=Path)
+    tables.add_argument("results", nargs="*", type=Path)
     tables.add_argument("--pages", nargs="*", type=Path, default=[], help="pages whose marked regions are written anew")
+    tables.add_argument("--counts", type=Path, help="what mps_counts.py --full printed, for the pages")
     tables.add_argument("--plots", type=Path, help="folder for the plots")
     return parser.parse_args()
 
@@ -88,6 +89,8 @@ def main() -> None:
         print("\n\n".join(report.markdown(table) for table in tables))
     for page in options.pages:
         report.write_page(page, tables)
+        if options.counts:
+            report.write_counts(page, options.counts.read_text(encoding="utf-8"))
     if options.plots:
         report.write_plots(options.plots, tables)
 

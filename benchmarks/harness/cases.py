@@ -55,7 +55,8 @@ def load_and_first(run: Run, *, contestant: str, cached: bool = False) -> None:
         worker = run.fresh(contestant) if cached else run.worker(contestant, load=False)
         loaded = worker.ask("load", run.patience)["seconds"]
         first = worker.ask("picture", run.patience, batch=1, side=run.side, steps=run.steps)
-        run.results.add(case, contestant, load=loaded, **first)
+        plan = worker.ask("plan", 60, batch=1, side=run.side)
+        run.results.add(case, contestant, load=loaded, **first, **plan)
         if cached:
             worker.close()
 
@@ -74,14 +75,15 @@ def pictures(run: Run, *, contestants: tuple[str, ...], batch: int, rounds: int,
                 run.results.add(case, contestant, **run.worker(contestant).ask("picture", run.patience, **size))
 
 
-def unet_calls(run: Run, *, contestants: tuple[str, ...], rounds: int) -> None:
-    """One guided UNet call, by turns, after one of each that is not counted."""
-    for turn in range(rounds + 1):
+def single_steps(run: Run, *, contestants: tuple[str, ...], rounds: int) -> None:
+    """One step of a picture, by turns: each round is a call of a few steps, of which the median counts."""
+    for _ in range(rounds):
         for contestant in run.wanted(contestants):
-            with run.part("unet", contestant):
-                answer = run.worker(contestant).ask("unet", run.patience, batch=1, side=run.side)
-                if turn:
-                    run.results.add("unet", contestant, **answer)
+            with run.part("step alone", contestant):
+                answer = run.worker(contestant).ask("step", run.patience, side=run.side, steps=3)
+                run.results.add("step alone", contestant, **answer)
+    for contestant in contestants:  # a CPU's memory does not hold them all
+        run.close(contestant)
 
 
 def quality(run: Run, *, contestants: tuple[str, ...]) -> None:
@@ -184,8 +186,8 @@ def fresh_picture(run: Run, *, contestants: tuple[str, ...], rounds: int, steps:
 
 # -- the lists
 
-ONE_GPU = ("diffusers", "diffusers-best", "russet", "russet-plain", "russet-best")
-MANY = ("diffusers", "russet", "russet-plain", "russet-best")
+ONE_GPU = ("diffusers", "diffusers-best", "russet", "russet-plain", "russet-deep")
+MANY = ("diffusers", "russet", "russet-plain")
 GROWING = ("diffusers", "russet")
 
 
@@ -194,8 +196,8 @@ def gpu_cases(*, tiny: bool = False) -> list[Case]:
     sides = (32, 64) if tiny else (256, 512, 768, 1024, 1536, 2048)
     batches = (1, 2) if tiny else (1, 2, 4, 8, 16, 32, 64)
     many = 2 if tiny else 16
-    start = [case for name in ONE_GPU for case in (named("cold start", load_and_first, 8, contestant=name),)]
-    start.sort(key=lambda case: CONTESTANTS[str(case.measure.keywords["contestant"])].compiles)  # type: ignore[attr-defined]
+    soonest_first = sorted(ONE_GPU, key=lambda name: name == "diffusers-best")
+    start = [named("cold start", load_and_first, 8, contestant=name) for name in soonest_first]
     again = [name for name in ONE_GPU if CONTESTANTS[name].compiles]
     return [
         Case("rates", rates),
@@ -221,16 +223,20 @@ def gpu_cases(*, tiny: bool = False) -> list[Case]:
     ]
 
 
-ONE_CPU = ("diffusers", "diffusers-last", "russet", "russet-float32")
+EXACT = ("diffusers", "diffusers-last", "russet")
+ROUNDED = ("diffusers-bf16", "russet-bf16")
 
 
 def cpu_cases(*, tiny: bool = False) -> list[Case]:
     """For a machine without a GPU."""
-    sides = (32, 64) if tiny else (256, 512, 768)
+    sides = (32, 64) if tiny else (256, 384, 512)
+    few = {"rounds": 1, "steps": 2 if tiny else 20}
     return [
         Case("rates", rates),
-        named("unet", unet_calls, 120, contestants=ONE_CPU, rounds=1 if tiny else 3),
-        named("fresh picture", fresh_picture, 300, contestants=ONE_CPU, rounds=1, steps=2 if tiny else 20),
+        named("step alone", single_steps, 120, contestants=EXACT, rounds=1 if tiny else 2),
+        named("fresh picture", fresh_picture, 300, contestants=EXACT, **few),
+        named("step alone, bfloat16", single_steps, 120, contestants=ROUNDED, rounds=1 if tiny else 2),
+        named("fresh picture, bfloat16", fresh_picture, 300, contestants=ROUNDED, **few),
         named("growth by side", growth, 300, contestants=GROWING, of="side", at=sides, steps=(1, 2)),
     ]
 

@@ -58,37 +58,34 @@ def diffusers(folder: Path, device: str, dtype: str, options: Mapping[str, Any])
 
 
 def russet(folder: Path, device: str, dtype: str, options: Mapping[str, Any]) -> Pipeline:
-    """``choices`` are fields of the request to the plan; without any the plan decides alone."""
+    """``switches`` are methods to call before the first picture; without any the plan decides alone."""
     from russet import DiffusionPipeline
 
     if options.get("exact"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipe = DiffusionPipeline.from_pretrained(folder, **({"dtype": dtype} if dtype else {}))
     pipe.set_progress_bar_config(disable=True)
-    if choices := options.get("choices"):
-        pipe._choose(**choices)
+    for switch in options.get("switches", ()):
+        getattr(pipe, switch)()
     return pipe.to(device)
 
 
-PLAIN: dict[str, Any] = {"memory_format": "contiguous"}
-BEST: dict[str, Any] = {}
-FLOAT32 = {"cuda": "float32", "cpu": "float32"}
+PLAIN = {"switches": ("disable_fast_paths",)}
 UNTOLD: dict[str, str] = {}  # no precision is asked for
+FLOAT32 = {"cuda": "float32", "cpu": "float32"}
+BFLOAT16 = {"cuda": "bfloat16", "cpu": "bfloat16"}
+COMPILED = {"channels_last": True, "fuse": True, "compile": "reduce-overhead"}
 
 CONTESTANTS: dict[str, Contestant] = {
     "diffusers": Contestant("Diffusers, as it ships", diffusers),
     "diffusers-last": Contestant("Diffusers, channels-last", diffusers, {"channels_last": True}),
-    "diffusers-best": Contestant(
-        "Diffusers, compiled",
-        diffusers,
-        {"channels_last": True, "fuse": True, "compile": "reduce-overhead"},
-        compiles=True,
-    ),
-    "russet": Contestant("Russet, as it ships", russet, dtype=UNTOLD),
-    "russet-float32": Contestant("Russet, float32", russet, dtype=FLOAT32),
-    "russet-best": Contestant("Russet, best mode", russet, {"choices": BEST}, compiles=True),
-    "russet-plain": Contestant("Russet, plain path", russet, {"choices": PLAIN}),
-    "reference": Contestant("Russet, plain path, float32", russet, {"choices": PLAIN, "exact": True}, dtype=FLOAT32),
+    "diffusers-bf16": Contestant("Diffusers, channels-last, bfloat16", diffusers, {"channels_last": True}, BFLOAT16),
+    "diffusers-best": Contestant("Diffusers, compiled", diffusers, COMPILED, compiles=True),
+    "russet": Contestant("Russet, as it ships", russet, dtype=UNTOLD, compiles=True),
+    "russet-plain": Contestant("Russet, plain path", russet, PLAIN),
+    "russet-deep": Contestant("Russet, deep cache (opt-in)", russet, {"switches": ("enable_deep_cache",)}),
+    "russet-bf16": Contestant("Russet, bfloat16 (opt-in)", russet, dtype=BFLOAT16),
+    "reference": Contestant("Russet, plain path, float32", russet, {**PLAIN, "exact": True}, FLOAT32),
 }
 """By the name that the command line knows. ``reference`` is no contestant: the pictures of others are held to its."""
 

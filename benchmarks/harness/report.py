@@ -122,9 +122,9 @@ def likeness(table: Table, say: dict[str, str], language: str) -> str:
 
 
 def calls(table: Table, say: dict[str, str], language: str) -> str:
-    """UNet calls, and pictures in processes of their own: what is timed on a CPU."""
+    """Steps, and pictures in processes of their own: what is timed on a CPU."""
     blocks = []
-    for case in ("unet", "fresh picture"):
+    for case in ("step alone", "fresh picture"):
         rows, base = [], {}
         for name in table.contestants(case):
             found = {key: median(table.values(case, key, contestant=name)) for key in ("seconds", "processor", "peak")}
@@ -210,7 +210,7 @@ def decibels(row: dict[str, Any], key: str) -> str:
 
 
 def mark(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- {name}: begin[^\n]*-->\n).*?(\n<!-- {name}: end -->)", re.DOTALL)
+    return re.compile(rf"(<!-- {name}: begin[^\n]*-->\n).*?(<!-- {name}: end -->)", re.DOTALL)
 
 
 def write_page(page: Path, tables: Iterable[Table]) -> None:
@@ -220,10 +220,19 @@ def write_page(page: Path, tables: Iterable[Table]) -> None:
     for table in tables:
         name = f"harness {table.about['options']['list']}"
         body = markdown(table, language, plots_at="../assets")
-        text, times = mark(name).subn(lambda found, body=body: f"{found[1]}\n{body}\n{found[2]}", text)
+        text, times = mark(name).subn(lambda found, body=body: f"{found[1]}\n{body}\n\n{found[2]}", text)
         if times != 1:
             raise SystemExit(f"{page} must have one region '<!-- {name}: begin -->' … '<!-- {name}: end -->'")
     page.write_text(text, encoding="utf-8")
+
+
+def write_counts(page: Path, printed: str) -> None:
+    """Puts the table that mps_counts.py printed into its region."""
+    language = page.resolve().parent.name
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    table = "\n".join([WORDS[language]["counts"], *rows[1:]])
+    text = page.read_text(encoding="utf-8")
+    page.write_text(mark("mps counts").sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text), encoding="utf-8")
 
 
 def write_plots(folder: Path, tables: Iterable[Table]) -> None:

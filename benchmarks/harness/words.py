@@ -30,7 +30,7 @@ WORDS: dict[str, dict[str, str]] = {
         "quality": "**Likeness**, in dB of the pictures' own range of values:",
         "to reference": "to the plain path in float32",
         "to plain": "to the plain path in half precision",
-        "unet": "**One guided UNet call**:",
+        "step alone": "**One step** (a guided UNet call and the sampler):",
         "fresh picture": "**A whole picture**, in a process of its own:",
         "side": "picture",
         "batch": "pictures",
@@ -39,6 +39,8 @@ WORDS: dict[str, dict[str, str]] = {
         "growth side": "**Growth with the size** (one picture, calls of {steps} steps):",
         "growth batch": "**Growth with the number of pictures** (calls of {steps} steps):",
         "failed": "does not fit",
+        "counts": "| | kernels a UNet call | views | MiB over weights | kernels a step | waits a step | uploads a step "
+        "| MiB, whole run |",
         "time-by-side": "Seconds a step against pixels",
         "memory-by-side": "Peak memory against pixels",
         "time-by-batch": "Seconds a step against pictures in a call",
@@ -66,9 +68,9 @@ WORDS: dict[str, dict[str, str]] = {
         "cached first": "첫 그림(커널 캐시 있음)",
         "start to disk": "프로그램 시작부터 디스크의 그림까지",
         "quality": "**닮은 정도**, 그림 자신의 값 범위에 대한 dB:",
-        "to reference": "float32 기본 경로와",
-        "to plain": "반정밀도 기본 경로와",
-        "unet": "**가이던스를 쓴 UNet 호출 한 번**:",
+        "to reference": "빠른 경로 없는 float32와",
+        "to plain": "빠른 경로 없는 반정밀도와",
+        "step alone": "**스텝 하나**(가이던스를 쓴 UNet 호출과 샘플러):",
         "fresh picture": "**그림 한 장 전체**, 각자 새 프로세스에서:",
         "side": "그림",
         "batch": "장수",
@@ -77,6 +79,8 @@ WORDS: dict[str, dict[str, str]] = {
         "growth side": "**크기에 따른 증가**(한 장, {steps}스텝 호출):",
         "growth batch": "**장수에 따른 증가**({steps}스텝 호출):",
         "failed": "들어가지 않음",
+        "counts": "| | UNet 호출당 커널 | 뷰 | 가중치 위 MiB | 스텝당 커널 | 스텝당 기다림 | 스텝당 올리기 "
+        "| 전체 실행의 MiB |",
         "time-by-side": "픽셀 수에 따른 스텝당 시간",
         "memory-by-side": "픽셀 수에 따른 최대 메모리",
         "time-by-batch": "한 번에 그리는 장수에 따른 스텝당 시간",
@@ -85,14 +89,15 @@ WORDS: dict[str, dict[str, str]] = {
 }
 
 LABELS_KO = {
-    "diffusers": "Diffusers 기본",
+    "diffusers": "Diffusers, 그대로",
     "diffusers-last": "Diffusers, channels-last",
+    "diffusers-bf16": "Diffusers, channels-last, bfloat16",
     "diffusers-best": "Diffusers, 컴파일",
-    "russet": "Russet 기본",
-    "russet-float32": "Russet, float32",
-    "russet-best": "Russet, 가장 빠른 방식",
-    "russet-plain": "Russet, 기본 경로",
-    "reference": "Russet, 기본 경로, float32",
+    "russet": "Russet, 그대로",
+    "russet-plain": "Russet, 빠른 경로 없이",
+    "russet-deep": "Russet, deep cache(선택)",
+    "russet-bf16": "Russet, bfloat16(선택)",
+    "reference": "Russet, 빠른 경로 없이, float32",
 }
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -82,15 +84,29 @@ class Worker:
             numpy.save(save, images)
         return answer
 
-    def unet(self, batch: int, side: int) -> Answer:
-        """One guided UNet call, as the pipeline makes it: 2 rows for each picture."""
-        latent, unet = side // self.geometry.factor, self.pipe.unet
-        dtype = next(unet.parameters()).dtype
-        x = torch.randn(2 * batch, 4, latent, latent, dtype=dtype, device=self.device)
-        context = torch.randn(2 * batch, 77, self.geometry.text["hidden_size"], dtype=dtype, device=self.device)
-        t = torch.tensor(500, device=self.device) if "diffusers" in self.contestant.load.__name__ else 500.0
+    def step(self, side: int, steps: int) -> Answer:
+        """Seconds and processor seconds from a step's end to the next's: medians over one call."""
+        ends: list[tuple[float, float]] = []
+
+        def mark(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            del pipe, index, t
+            self.wait()
+            ends.append((time.perf_counter(), processor_seconds()))
+            return tensors
+
         with torch.no_grad():
-            return self.measured(lambda: unet(x, t, context, return_dict=False)[0])[0]
+            self.pipe(
+                PROMPT,
+                height=side,
+                width=side,
+                num_inference_steps=steps,
+                guidance_scale=7.5,
+                output_type="latent",
+                callback_on_step_end=mark,
+            )
+        took = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]
+        seconds, processor = (statistics.median(values) for values in zip(*took, strict=True))
+        return {"seconds": seconds, "processor": processor}
 
     def measured(self, call: Callable[[], Any]) -> tuple[Answer, Any]:
         """Seconds, processor seconds and peak bytes of a call; what it gave. Too little memory is an answer too."""
