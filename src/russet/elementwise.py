@@ -30,8 +30,13 @@ class Elementwise(Protocol):
         """``act(norm(x + shift))`` of a map [B, C, h, w]; ``shift`` [1 or B, C] is what ``convolved`` left to add."""
         ...
 
-    def convolved(self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """``conv(x) + shift`` for a ``shift`` [1 or B, C], and what of it the next step is left to add."""
+    def convolved(
+        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """``conv(x) + shift`` for a ``shift`` [1 or B, C], and what of it the next step is left to add.
+
+        A ``whole`` shift holds the convolution's bias already.
+        """
         ...
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
@@ -61,13 +66,14 @@ class Plain:
         y: Tensor = norm(x)
         return y if act is None else act(y)
 
-    def convolved(self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def convolved(
+        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         if shift is None:
             return conv(x), None
-        if len(shift) == 1 and not hooked(conv):  # the same for all rows, so it can be part of the bias
-            bias = shift[0] if conv.bias is None else shift[0] + conv.bias
-            return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding), None
-        h: Tensor = conv(x)
+        if whole and len(shift) == 1:  # the same for all rows, so it can be the bias
+            return F.conv2d(x, conv.weight, shift[0], conv.stride, conv.padding), None
+        h = F.conv2d(x, conv.weight, None, conv.stride, conv.padding) if whole else conv(x)
         return h.add_(shift[:, :, None, None]), None
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:

@@ -9,6 +9,9 @@ in ``elementwise.Plain``, which also takes over what the kernels are not made fo
 
 from __future__ import annotations
 
+import logging
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -23,50 +26,82 @@ does if there are few programs. Otherwise three kernels share the work: 12 inste
 103 instead of 215 for thirty-two (H200, float16).
 """
 
-ROWS = 32
-"""Positions of a map that one program of the other way takes at a time."""
+ROWS, COLUMNS = 32, 128
+"""Positions and channels of a map that one program of the other way takes at a time."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Fused:
-    """The steps in as few passes over the memory as they can be. Stateless: one object serves all networks."""
+    """The steps in as few passes over the memory as they can be. One object serves all networks."""
 
     def __init__(self, silu: Activation) -> None:
         self._silu = silu  # the one activation that the kernels know
+        self._prepared: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
+        self._failed = False
 
     def normed(
         self, x: Tensor, norm: nn.GroupNorm, act: Activation | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        if act not in (None, self._silu) or not takes(x) or hooked(norm) or type(norm) is not nn.GroupNorm:
+        known = act in (None, self._silu) and type(norm) is nn.GroupNorm and not hooked(norm)
+        if not known or not takes(x) or self._plain():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
         return group_norm(x, norm, act is not None, shift)
 
-    def convolved(self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        if not takes(x) or hooked(conv) or conv.bias is None:
-            return PLAIN.convolved(x, conv, shift)
+    def convolved(
+        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        if not takes(x) or hooked(conv) or conv.bias is None or self._plain():
+            return PLAIN.convolved(x, conv, shift, whole=whole)
         if conv.kernel_size == (1, 1):  # a product, which adds its bias by itself
             y = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
         else:
             y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-            shift = conv.bias[None] if shift is None else shift + conv.bias
+            if not whole:
+                shift = conv.bias[None] if shift is None else shift + conv.bias
         return y, shift
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
         if shift is None:
             return PLAIN.added(h, x)
-        if not takes(h) or (x is not None and not (takes(x) and x.shape == h.shape)):
+        if not takes(h) or (x is not None and not (takes(x) and x.shape == h.shape)) or self._plain():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
         return shifted_sum(h, x, shift)
 
     def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        if not (takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape):
+        if not (takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape) or self._plain():
             return PLAIN.added_norm(h, x, norm)
         return h, layer_norm(h, norm, x)
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return layer_norm(x, norm, None) if takes_tokens(x, norm) else PLAIN.layer_norm(x, norm)
+        taken = takes_tokens(x, norm) and not self._plain()
+        return layer_norm(x, norm, None) if taken else PLAIN.layer_norm(x, norm)
 
     def geglu(self, x: Tensor) -> Tensor:
-        return gated(x) if computes(x) and x.is_contiguous() else PLAIN.geglu(x)
+        return gated(x) if computes(x) and x.is_contiguous() and not self._plain() else PLAIN.geglu(x)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compiles the kernels for a dtype, beside whatever the program does next; what compiles them may fail."""
+        if (device, dtype) not in self._prepared:
+            self._prepared[device, dtype] = job = threading.Thread(
+                target=self._compile, args=(device, dtype), daemon=True
+            )
+            job.start()
+
+    def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
+        try:
+            with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                compile_all(device, dtype)
+        except Exception as error:  # no compiler, no room for its files: many things that are not ours
+            self._failed = True
+            log.warning("Triton cannot compile kernels here, so PyTorch's own are used: %s", error)
+
+    def _plain(self) -> bool:
+        """Whether there are no kernels. Waits for those that are being compiled."""
+        for job in tuple(self._prepared.values()):
+            job.join()
+        return self._failed
 
 
 def computes(x: Tensor) -> bool:
@@ -85,7 +120,10 @@ def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
     return computes(x) and x.is_contiguous() and plain and x.shape[-1] <= 8192
 
 
-# -- group normalisation
+# -- kernels
+#
+# A kernel is compiled for each combination of its constants, a third of a second each. So what varies from layer to
+# layer is an argument: where a constant would save a few operations, memory is what these kernels wait for.
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
@@ -93,58 +131,56 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) 
     batch, channels, height, width = x.shape
     area, size = height * width, channels // norm.num_groups
     out = torch.empty_like(x)
-    has_shift = shift is not None
-    shift = x if shift is None else shift.contiguous()  # any address will do where none is read
-    stride = channels if has_shift and len(shift) > 1 else 0
+    shifts = norm.bias if shift is None else shift.contiguous()  # any address will do where none is read
+    stride = channels if shift is not None and len(shift) > 1 else 0
+    how = (
+        norm.weight,
+        norm.bias,
+        shifts,
+        area,
+        channels,
+        size,
+        stride,
+        norm.eps,
+        0 if shift is None else channels,
+        int(silu),
+    )
     programs = batch * norm.num_groups
     if area <= WHOLE or (area <= FEW_WHOLE and programs <= FEW):
-        elements, warps = (4096, 4) if programs > FEW else (8192, 8) if area < WHOLE else (16384, 16)
-        wide = triton.next_power_of_2(size)
-        _normalise_group[(programs,)](
-            x, out, norm.weight, norm.bias, shift, area, channels, stride, norm.eps,
-            GROUPS=norm.num_groups, SIZE=size, WIDE=wide,
-            BLOCK=min(triton.next_power_of_2(area), max(16, elements // wide)),
-            SILU=silu, SHIFT=has_shift, num_warps=warps,
-        )  # fmt: skip
+        wide = max(16, triton.next_power_of_2(size))
+        _normalise_group[(norm.num_groups, batch)](x, out, *how, WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8)
         return out
     step = min(32, max(4, area // (ROWS * 256)))  # blocks of rows to a part: no more parts than are quickly gathered
     parts = triton.cdiv(area, ROWS * step)
     sums = torch.empty(batch, parts, 2, channels, dtype=torch.float32, device=x.device)
     line = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
-    columns = min(triton.next_power_of_2(channels), 128)
-    _sum_channels[(parts, triton.cdiv(channels, columns), batch)](
-        x, sums, shift, area, channels, stride, parts, step,
-        COLUMNS=columns, ROWS=ROWS, SHIFT=has_shift, num_warps=4,
-    )  # fmt: skip
+    across = triton.cdiv(channels, COLUMNS)
+    _sum_channels[(parts, across, batch)](x, sums, area, channels, parts, step, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    wide = max(64, triton.next_power_of_2(size))
     _line_of_group[(norm.num_groups, batch)](
-        sums, line, norm.weight, norm.bias, shift, area, channels, stride, parts, ROWS * step, norm.eps,
-        SIZE=size, WIDE=triton.next_power_of_2(size), BLOCK=min(64, triton.next_power_of_2(parts)), SHIFT=has_shift,
-        num_warps=4,
-    )  # fmt: skip
-    _apply_line[(triton.cdiv(area, ROWS), triton.cdiv(channels, columns), batch)](
-        x, out, line, area, channels, COLUMNS=columns, ROWS=ROWS, SILU=silu, num_warps=4
+        sums, line, *how[:-1], parts, ROWS * step, WIDE=wide, BLOCK=64, num_warps=4
+    )
+    _apply_line[(triton.cdiv(area, ROWS), across, batch)](
+        x, out, line, area, channels, int(silu), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
     )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "silu"])
 def _normalise_group(
-    x, out, weight, bias, shift, area, channels, shift_stride, eps,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-    SILU: tl.constexpr, SHIFT: tl.constexpr,
+    x, out, weight, bias, shift, area, channels, size, shift_stride, eps, shifted, silu,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of one row, its mean and variance, then the result."""
-    row, group = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS
+    group, row = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, WIDE)
-    there = column < SIZE
-    channel = group * SIZE + column
-    added = tl.zeros([WIDE], tl.float32)
-    if SHIFT:
-        added = tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)
+    there = column < size
+    channel = group * size + column
+    added = tl.load(shift + row * shift_stride + channel, mask=there & (channel < shifted), other=0.0).to(tl.float32)
     start = row.to(tl.int64) * area * channels
     total = tl.zeros([BLOCK, WIDE], tl.float32)
     squares = tl.zeros([BLOCK, WIDE], tl.float32)
-    pivot = tl.load(x + start + group * SIZE).to(tl.float32)  # sums of squares are exact enough near it
+    pivot = tl.load(x + start + group * size).to(tl.float32)  # sums of squares are exact enough near it
     for first in range(0, area, BLOCK):
         place = first + tl.arange(0, BLOCK)
         mask = (place < area)[:, None] & there[None, :]
@@ -152,7 +188,7 @@ def _normalise_group(
         values = tl.where(mask, values + added[None, :] - pivot, 0.0)
         total += values
         squares += values * values
-    count = area * SIZE
+    count = area * size
     mean = tl.sum(total) / count
     variance = tl.sum(squares) / count - mean * mean
     scale = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32) / tl.sqrt(tl.maximum(variance, 0.0) + eps)
@@ -163,15 +199,13 @@ def _normalise_group(
         at = place[:, None] * channels + channel[None, :]
         values = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
         values = values * scale[None, :] + offset[None, :]
-        if SILU:
-            values = values * tl.sigmoid(values)
+        values = tl.where(silu != 0, values * tl.sigmoid(values), values)
         tl.store(out + start + at, values.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "step"])
 def _sum_channels(
-    x, sums, shift, area, channels, shift_stride, parts, step,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, SHIFT: tl.constexpr,
+    x, sums, area, channels, parts, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program: mean and sum of squared distances from it, of some channels over some positions of one row."""
     part, row = tl.program_id(0), tl.program_id(2)
@@ -192,32 +226,31 @@ def _sum_channels(
     count = tl.minimum(area - first, step * ROWS).to(tl.float32)
     mean = tl.sum(total, 0) / count
     distance = tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0)
-    mean += pivot
-    if SHIFT:
-        mean += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)
     at = sums + (row * parts + part) * 2 * channels + channel
-    tl.store(at, mean, mask=there)
+    tl.store(at, mean + pivot, mask=there)
     tl.store(at + channels, distance, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "parts", "rows"])
 def _line_of_group(
-    sums, line, weight, bias, shift, area, channels, shift_stride, parts, rows, eps,
-    SIZE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    sums, line, weight, bias, shift, area, channels, size, shift_stride, eps, shifted, parts, rows,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one group's mean and variance out of its parts (Chan et al. 1979), as a line for each channel."""
     group, row = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, WIDE)
-    there = column < SIZE
-    channel = group * SIZE + column
+    there = column < size
+    channel = group * size + column
+    added = tl.load(shift + row * shift_stride + channel, mask=there & (channel < shifted), other=0.0).to(tl.float32)
     weighted = tl.zeros([BLOCK, WIDE], tl.float32)
     for first in range(0, parts, BLOCK):
         part = first + tl.arange(0, BLOCK)
         mask = (part < parts)[:, None] & there[None, :]
         count = tl.minimum(area - part * rows, rows).to(tl.float32)
         at = sums + (row * parts + part[:, None]) * 2 * channels + channel[None, :]
-        weighted += tl.where(mask, tl.load(at, mask=mask, other=0.0) * count[:, None], 0.0)
-    total = area * SIZE
+        means = tl.load(at, mask=mask, other=0.0) + added[None, :]
+        weighted += tl.where(mask, means * count[:, None], 0.0)
+    total = area * size
     mean = tl.sum(weighted) / total
     spread = tl.zeros([BLOCK, WIDE], tl.float32)
     for first in range(0, parts, BLOCK):
@@ -225,21 +258,18 @@ def _line_of_group(
         mask = (part < parts)[:, None] & there[None, :]
         count = tl.minimum(area - part * rows, rows).to(tl.float32)
         at = sums + (row * parts + part[:, None]) * 2 * channels + channel[None, :]
-        away = tl.load(at, mask=mask, other=0.0) - mean
+        away = tl.load(at, mask=mask, other=0.0) + added[None, :] - mean
         spread += tl.where(mask, tl.load(at + channels, mask=mask, other=0.0) + away * away * count[:, None], 0.0)
     variance = tl.sum(spread) / total
     scale = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    away = -mean + tl.zeros([WIDE], tl.float32)
-    if SHIFT:
-        away += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32) + away * scale
+    offset = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32) + (added - mean) * scale
     tl.store(line + row * 2 * channels + channel, scale, mask=there)
     tl.store(line + (row * 2 + 1) * channels + channel, offset, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["silu"])
 def _apply_line(
-    x, out, line, area, channels, COLUMNS: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr
+    x, out, line, area, channels, silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program: ``act(scale · x + offset)`` for some channels at some positions of one row."""
     row = tl.program_id(2)
@@ -251,29 +281,24 @@ def _apply_line(
     offset = tl.load(line + (row * 2 + 1) * channels + channel, mask=there, other=0.0)
     at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
     values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + offset[None, :]
-    if SILU:
-        values = values * tl.sigmoid(values)
+    values = tl.where(silu != 0, values * tl.sigmoid(values), values)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
-
-
-# -- sums, layer normalisation, gates
 
 
 def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> Tensor:
     """``h + shift + x`` for maps [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``."""
     batch, channels, height, width = h.shape
-    area, columns = height * width, min(triton.next_power_of_2(channels), 256)
-    stride = channels if len(shift) > 1 else 0
-    _shifted_sum[(triton.cdiv(area, 16), triton.cdiv(channels, columns), batch)](
-        h, h if x is None else x, shift.contiguous(), area, channels, stride,
-        COLUMNS=columns, ROWS=16, BOTH=x is not None, num_warps=4,
+    area, stride = height * width, channels if len(shift) > 1 else 0
+    _shifted_sum[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
+        h, h if x is None else x, shift.contiguous(), area, channels, stride, 0 if x is None else area,
+        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift_stride", "both"])
 def _shifted_sum(
-    h, x, shift, area, channels, shift_stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr
+    h, x, shift, area, channels, shift_stride, both, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program: some channels at some positions of one row."""
     row = tl.program_id(2)
@@ -282,10 +307,9 @@ def _shifted_sum(
     there = channel < channels
     mask = (place < area)[:, None] & there[None, :]
     at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
-    values = tl.load(h + at, mask=mask).to(tl.float32)
-    values += tl.load(shift + row * shift_stride + channel, mask=there).to(tl.float32)[None, :]
-    if BOTH:
-        values += tl.load(x + at, mask=mask).to(tl.float32)
+    values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
+    values += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)[None, :]
+    values += tl.load(x + at, mask=mask & (place < both)[:, None], other=0.0).to(tl.float32)
     tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
 
 
@@ -293,19 +317,19 @@ def layer_norm(h: Tensor, norm: nn.LayerNorm, x: Tensor | None) -> Tensor:
     """Layer normalisation (arXiv:1607.06450) of tokens ``h`` [B, N, D], or of ``h + x``, then put into ``h``."""
     out = torch.empty_like(h)
     features = h.shape[-1]
-    wide = triton.next_power_of_2(features)
+    wide = max(512, triton.next_power_of_2(features))
     rows = max(1, 2048 // wide)
     count = h.numel() // features
     _layer_norm[(triton.cdiv(count, rows),)](
-        h, h if x is None else x, out, norm.weight, norm.bias, count, features, norm.eps,
-        WIDE=wide, ROWS=rows, BOTH=x is not None, num_warps=4,
+        h, h if x is None else x, out, norm.weight, norm.bias, count, features, norm.eps, 0 if x is None else count,
+        WIDE=wide, ROWS=rows, num_warps=4,
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "both"])
 def _layer_norm(
-    h, x, out, weight, bias, count, features, eps, WIDE: tl.constexpr, ROWS: tl.constexpr, BOTH: tl.constexpr
+    h, x, out, weight, bias, count, features, eps, both, WIDE: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """One program: some tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -314,10 +338,11 @@ def _layer_norm(
     mask = (row < count)[:, None] & there[None, :]
     at = row[:, None].to(tl.int64) * features + column[None, :]
     values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
-    if BOTH:
-        values += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
-        values = values.to(h.dtype.element_ty).to(tl.float32)  # what was stored is what is normalised
+    summed = mask & (row < both)[:, None]
+    values += tl.load(x + at, mask=summed, other=0.0).to(tl.float32)
+    stored = values.to(h.dtype.element_ty)
+    tl.store(h + at, stored, mask=summed)
+    values = stored.to(tl.float32)  # what was stored is what is normalised
     mean = tl.sum(values, 1) / features
     away = tl.where(mask, values - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(away * away, 1) / features + eps)
@@ -331,8 +356,7 @@ def gated(x: Tensor) -> Tensor:
     """``value · GELU(gate)`` for [B, N, 2D] → [B, N, D]."""
     features = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], features)
-    block = min(512, triton.next_power_of_2(features))
-    _gated[(out.numel() // features, triton.cdiv(features, block))](x, out, features, BLOCK=block, num_warps=2)
+    _gated[(out.numel() // features, triton.cdiv(features, 512))](x, out, features, BLOCK=512, num_warps=2)
     return out
 
 
@@ -342,7 +366,22 @@ def _gated(x, out, features, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < features
-    value = tl.load(x + row * 2 * features + column, mask=there).to(tl.float32)
-    gate = tl.load(x + (row * 2 + 1) * features + column, mask=there).to(tl.float32)
+    value = tl.load(x + row * 2 * features + column, mask=there, other=0.0).to(tl.float32)
+    gate = tl.load(x + (row * 2 + 1) * features + column, mask=there, other=0.0).to(tl.float32)
     normal = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))
     tl.store(out + row * features + column, (value * gate * normal).to(out.dtype.element_ty), mask=there)
+
+
+def compile_all(device: torch.device, dtype: torch.dtype) -> None:
+    """Runs each kernel once for the sizes of Stable Diffusion's layers, which compiles it."""
+
+    def blank(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    for channels, side in ((320, 64), (320, 8), (640, 8), (1280, 8), (2560, 8)):
+        x = blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+        group_norm(x, nn.GroupNorm(32, channels, device=device, dtype=dtype), True, None)
+    shifted_sum(x, None, blank(1, 2560))
+    for features in (320, 640, 1280):
+        layer_norm(blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype), None)
+    gated(blank(1, 64, 2560))

@@ -209,3 +209,37 @@ def test_every_operation_agrees_with_the_cpu() -> None:
     lines = list(self_test("cuda"))
     assert [str(line) for line in lines if line.verdict in ("wrong", "failed")] == []
     assert len(lines) > 40
+
+
+def test_fast_paths_and_plain_operations_draw_the_same_picture(psnr: Any) -> None:
+    for dtype, least in ((torch.float32, 50), (torch.float16, 30)):
+        pipe = embedded(dtype=dtype)
+        fast = pipe(PROMPT, seed=42, **SETTINGS)
+        assert (fast.plan["elementwise"], fast.plan["graphs"]) == ("fused", True)
+        pipe.disable_fast_paths()
+        plain = pipe(PROMPT, seed=42, **SETTINGS)
+        assert (plain.plan["elementwise"], plain.plan["graphs"]) == ("plain", False)
+        assert psnr(plain.images, fast.images) >= least
+
+
+def test_recordings_follow_the_prompt_the_size_and_the_weights(psnr: Any) -> None:
+    pipe = embedded(dtype=torch.float32)
+
+    def drawn(**changes: Any) -> Any:
+        return pipe(**{"prompt": PROMPT, "seed": 1, **SETTINGS, **changes}).images
+
+    calls = [{}, {"prompt": "a red car"}, {"height": 128}, {"guidance_scale": 1.0}, {}, {"prompt": ["a cat", "a dog"]}]
+    recorded = [drawn(**call) for call in calls]
+    pipe.unet.conv_out.bias.data.add_(0.05)  # in place: the recording reads it
+    recorded.append(drawn())
+    pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight * 0.9, requires_grad=False)  # elsewhere
+    recorded.append(drawn())
+    again = embedded(dtype=torch.float32)
+    again.disable_fast_paths()
+    pipe = again
+    plain = [drawn(**call) for call in calls]
+    pipe.unet.conv_out.bias.data.add_(0.05)
+    plain.append(drawn())
+    pipe.unet.conv_in.weight.data.mul_(0.9)
+    plain.append(drawn())
+    assert [psnr(a, b) >= 50 for a, b in zip(plain, recorded, strict=True)] == [True] * len(plain)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -256,6 +257,13 @@ def why_no_mps(common: dict[str, Any]) -> str:
     return "this macOS is too old for this PyTorch, or no GPU is visible; run `russet doctor`"
 
 
+def can_compile() -> bool:
+    """Whether Triton is there, and the C compiler that it builds its launchers with."""
+    compilers = ("gcc", "clang", "cc")
+    found = "CC" in os.environ or any(shutil.which(name) for name in compilers)
+    return found and importlib.util.find_spec("triton") is not None
+
+
 def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
     """An NVIDIA (or, through ROCm, AMD) GPU; raises DeviceError where there is none of that number."""
     import torch
@@ -271,6 +279,6 @@ def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
         held=weights + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index),  # and freed, but cached
         capability=(card.major, card.minor),
         bf16=card.major >= 8,
-        triton=card.major >= 7 and torch.version.hip is None and importlib.util.find_spec("triton") is not None,
+        triton=card.major >= 7 and torch.version.hip is None and can_compile(),
         **{**common, "memory": total, "available": free, "cores": card.multi_processor_count},
     )

@@ -28,7 +28,12 @@ def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -
 def elementwise(facts: Facts) -> tuple[str, str]:
     if facts.triton:
         return "fused", "each of these steps is limited by memory, and one kernel reads and writes it once"
-    return "plain", "there are no kernels of ours for this device" if facts.device != "cuda" else "Triton is not there"
+    return (
+        "plain",
+        "there are no kernels of ours for this device"
+        if facts.device != "cuda"
+        else "Triton is not there, or no C compiler for it",
+    )
 
 
 def joined_products(facts: Facts, found: Decisions) -> tuple[bool, str]:

@@ -14,7 +14,7 @@ from russet.component import Component
 from russet.config import Config
 from russet.elementwise import PLAIN, Elementwise
 from russet.errors import ArgumentTypeError
-from russet.models.together import Together
+from russet.models.together import SideBySide, Together
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -79,14 +79,15 @@ class Model(nn.Module, Component):
 
         Parameters keep their names, shapes and values. Moving the network, or giving it other weights, undoes it.
         """
-        for together in self._together():
-            together.lay()
+        for parameters in self._side_by_side():
+            parameters.lay()
 
-    def _together(self) -> Iterator[Together]:
+    def _side_by_side(self) -> Iterator[SideBySide]:
         for module in self.modules():
-            yield from (value for value in vars(module).values() if isinstance(value, Together))
+            for value in vars(module).values():
+                yield from value.joined if isinstance(value, Together) else ()
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
-        for together in self._together():  # each weight is about to move on its own
-            together.part()
+        for parameters in self._side_by_side():  # each of them is about to move on its own
+            parameters.part()
         return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from russet.elementwise import convolution
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Stepping
-from russet.models.together import Together
+from russet.models.together import TimeTogether
 
 
 @dataclass(frozen=True)
@@ -35,23 +35,18 @@ class ResnetStyle:
 
 
 class Time:
-    """The activated time embedding [B or 1, time], and what it adds to the channels of each residual block.
+    """The activated time embedding [B or 1, time], and what it adds to the channels of each residual block."""
 
-    ``together`` computes that for all blocks at once.
-    """
-
-    def __init__(self, emb: Tensor, together: Together | None = None) -> None:
+    def __init__(self, emb: Tensor, together: TimeTogether | None = None) -> None:
         self.emb = emb
-        made = None if together is None else together.product(emb)
-        self._made: dict[nn.Linear, Tensor] = {}
-        if made is not None and together is not None:
-            parts = made.split(together.rows, dim=-1)  # type: ignore[no-untyped-call]
-            self._made = dict(zip(together.layers, parts, strict=True))
+        self._made = {} if together is None else together.shifts(emb)
 
-    def through(self, layer: nn.Linear) -> Tensor:
-        """The embedding through one block's layer [B or 1, outputs]."""
-        made = self._made.get(layer)
-        return layer(self.emb) if made is None else made  # type: ignore[no-any-return]
+    def shift(self, projection: nn.Linear | None) -> tuple[Tensor | None, bool]:
+        """What one block adds [B or 1, outputs], and whether its convolution's bias is part of that."""
+        if projection is None:
+            return None, False
+        made = self._made.get(projection)
+        return (projection(self.emb), False) if made is None else (made, True)
 
 
 class Resnet(Stepping):
@@ -75,14 +70,14 @@ class Resnet(Stepping):
         """From [B, Cin, h, w] and the time to [B, Cout, h, w]."""
         # What is overwritten below is a convolution's or a norm's own output, which neither needs for its gradient.
         steps = self.steps
-        told = None if self.time_emb_proj is None or time is None else time.through(self.time_emb_proj)
+        told, whole = (None, False) if time is None else time.shift(self.time_emb_proj)
         h = steps.normed(x, self.norm1, self.act)
         if self.scale_shift and told is not None:
             h = steps.normed(convolution(steps, h, self.conv1), self.norm2)
             scale, shift = told[:, :, None, None].chunk(2, dim=1)
             h = self.act(h * (1 + scale) + shift)
         else:
-            h, rest = steps.convolved(h, self.conv1, told)
+            h, rest = steps.convolved(h, self.conv1, told, whole=whole)
             h = steps.normed(h, self.norm2, self.act, rest)
         h, rest = steps.convolved(h, self.conv2)
         h = steps.added(h, x if self.conv_shortcut is None else convolution(steps, x, self.conv_shortcut), rest)

@@ -1,7 +1,8 @@
-"""Linear layers of one input whose weights lie side by side in memory: one product instead of several.
+"""Parameters that lie side by side in memory, so that one operation serves several layers.
 
 Queries, keys and values of self-attention are one product instead of three, and the time's parts in all residual
-blocks one instead of twenty-two. The weights are not stored twice: each layer's are a view of what all share.
+blocks one instead of twenty-two. Nothing is stored twice: each layer's parameter is a view of what all share, under its
+own name.
 """
 
 from __future__ import annotations
@@ -15,53 +16,82 @@ from torch.nn import functional as F
 from russet.elementwise import hooked
 
 
-class Together:
-    """Some linear layers of one input. ``lay`` joins their weights; until then, and if they part, ``product`` is None.
+class SideBySide:
+    """One parameter of each of some layers, ``name`` in all of them, as one tensor once ``lay`` has joined them."""
 
-    Not a module: the layers belong to their own modules, under their own names.
-    """
+    def __init__(self, layers: Sequence[nn.Module], name: str) -> None:
+        self.layers = tuple(layers)
+        self.name = name
+        self._whole: Tensor | None = None
+
+    def lay(self) -> None:
+        """Joins the parameters, if every layer has one and they are not joined yet."""
+        parts = [layer._parameters[self.name] for layer in self.layers]
+        if self.whole is not None or any(part is None for part in parts):
+            return
+        if not hasattr(Tensor, "untyped_storage"):  # torch 1.13 cannot tell what lies where
+            return
+        whole = torch.cat([part.detach() for part in parts if part is not None])
+        cut = whole.split([len(part) for part in parts if part is not None])  # type: ignore[no-untyped-call]
+        for layer, old, new in zip(self.layers, parts, cut, strict=True):
+            layer._parameters[self.name] = nn.Parameter(new, requires_grad=old is not None and old.requires_grad)
+        self._whole = whole
+
+    def part(self) -> None:
+        """Forgets what is shared, so that the layers' own parameters are all that holds memory."""
+        self._whole = None
+
+    @property
+    def whole(self) -> Tensor | None:
+        """The joined parameters; None where they are not, or no longer, parts of one tensor, or want a gradient."""
+        if self._whole is None:
+            return None
+        place, memory = self._whole.storage_offset(), self._whole.untyped_storage()._cdata
+        for layer in self.layers:
+            part = layer._parameters[self.name]
+            if part is None or part.untyped_storage()._cdata != memory or part.storage_offset() != place:
+                return None
+            if hooked(layer) or (part.requires_grad and torch.is_grad_enabled()):
+                return None
+            place += part.numel()
+        return self._whole
+
+
+class Together:
+    """Linear layers of one input. Not a module: the layers belong to their own modules."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = tuple(layers)
-        self.rows = [layer.out_features for layer in self.layers]
-        self._whole: dict[str, Tensor] = {}
+        self.weights, self.biases = SideBySide(layers, "weight"), SideBySide(layers, "bias")
+        self.biased = all(layer.bias is not None for layer in layers)
 
-    def lay(self) -> None:
-        """Joins the layers' weights, and their biases if all have one, unless they are joined."""
-        if self._holds() or not hasattr(Tensor, "untyped_storage"):  # torch 1.13 cannot tell what lies where
-            return
-        self._whole = {}
-        for name in ("weight", "bias"):
-            parts = [layer._parameters[name] for layer in self.layers]
-            if None in parts:
-                continue
-            whole = torch.cat([part.detach() for part in parts if part is not None])
-            parts_of_whole = whole.split(self.rows)  # type: ignore[no-untyped-call]
-            for layer, part in zip(self.layers, parts_of_whole, strict=True):
-                layer._parameters[name] = nn.Parameter(part, requires_grad=layer.weight.requires_grad)
-            self._whole[name] = whole
-
-    def part(self) -> None:
-        """Forgets what is shared, so that the layers' own weights are all that holds memory."""
-        self._whole = {}
+    @property
+    def joined(self) -> list[SideBySide]:
+        """All parameters that are to lie side by side."""
+        return [self.weights, self.biases] if self.biased else [self.weights]
 
     def product(self, x: Tensor) -> Tensor | None:
         """What all layers make of ``x`` [..., inputs], side by side; None where their weights are not joined."""
-        learns = torch.is_grad_enabled() and self.layers[0].weight.requires_grad
-        if learns or not self._holds() or any(hooked(layer) for layer in self.layers):
-            return None
-        return F.linear(x, self._whole["weight"], self._whole.get("bias"))
+        weight, bias = self.weights.whole, self.biases.whole
+        return None if weight is None or (self.biased and bias is None) else F.linear(x, weight, bias)
 
-    def _holds(self) -> bool:
-        """Whether every layer's parameters still are the parts of what was joined."""
-        if not self._whole:
-            return False
-        for name, whole in self._whole.items():
-            place, memory = whole.storage_offset(), whole.untyped_storage()._cdata
-            for layer in self.layers:
-                part = layer._parameters[name]
-                assert part is not None, "a layer has a bias for good"
-                if part.untyped_storage()._cdata != memory or part.storage_offset() != place:
-                    return False
-                place += part.numel()
-        return True
+
+class TimeTogether(Together):
+    """The projections of the time in residual blocks, and the biases of the convolutions that these are added to."""
+
+    def __init__(self, layers: Sequence[nn.Linear], convolutions: Sequence[nn.Conv2d]) -> None:
+        super().__init__(layers)
+        self.convolutions = SideBySide(convolutions, "bias")
+
+    @property
+    def joined(self) -> list[SideBySide]:
+        return [*super().joined, self.convolutions]
+
+    def shifts(self, emb: Tensor) -> dict[nn.Module, Tensor]:
+        """Projection → what it makes of the embedding [B or 1, time], its convolution's bias added; empty if apart."""
+        made, biases = self.product(emb), self.convolutions.whole
+        if made is None or biases is None or made.shape[-1] != len(biases):
+            return {}
+        rows = [layer.out_features for layer in self.layers]
+        parts = (made + biases).split(rows, dim=-1)  # type: ignore[no-untyped-call]
+        return dict(zip(self.layers, parts, strict=True))

@@ -13,7 +13,7 @@ from russet.models.base import Stepping, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
-from russet.models.together import Together
+from russet.models.together import TimeTogether
 from russet.models.transformer import Text, TransformerBlock, repeated
 from russet.models.unet_config import UNetConfig
 
@@ -57,8 +57,8 @@ class UNet2DConditionModel(Conditioned, Stepping):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         last = config.out_channels, config.conv_out_kernel
         self.conv_out = nn.Conv2d(first, *last, padding=config.conv_out_kernel // 2)
-        projections = (block.time_emb_proj for block in self.modules() if isinstance(block, Resnet))
-        self.told = Together([projection for projection in projections if projection is not None])
+        blocks = [(b.time_emb_proj, b.conv1) for b in self.modules() if isinstance(b, Resnet) and b.time_emb_proj]
+        self.told = TimeTogether([projection for projection, _ in blocks], [conv for _, conv in blocks])
         self.eval()
 
     def read(self, context: Tensor) -> Text:

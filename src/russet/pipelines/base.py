@@ -300,6 +300,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         """Puts every network where the plan wants it between calls, in its precision and layout."""
         plan = self.plan()
         self.graphs.clear()  # their weights are about to move
+        placement.compile_kernels(plan, self._device)
         placement.set_environment(plan)
         for name, network in self.networks.items():
             home = placement.home(name, plan, self._device)

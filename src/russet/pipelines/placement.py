@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
+
+if TYPE_CHECKING:
+    from russet.elementwise_triton import Fused
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CACHE_LINE = 64  # bytes; torch's allocator begins all that it gives at a multiple of this
@@ -68,8 +71,15 @@ def steps_of(plan: Plan) -> Elementwise:
     return PLAIN if plan["elementwise"] == "plain" else fused_steps()
 
 
+def compile_kernels(plan: Plan, device: torch.device) -> None:
+    """Has kernels of ours compiled while weights are moved and read."""
+    if plan["elementwise"] == "fused":
+        for dtype in {plan.dtype("unet"), plan.dtype("vae")}:
+            fused_steps().prepare(device, dtype_named(dtype))
+
+
 @functools.cache
-def fused_steps() -> Elementwise:
+def fused_steps() -> Fused:
     from russet.elementwise_triton import Fused  # Triton is there where the plan chose it
 
     return Fused(silu)

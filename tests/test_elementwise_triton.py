@@ -1,0 +1,118 @@
+"""The kernels against PyTorch's own operations: on a GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from russet.elementwise import PLAIN
+from russet.models.activations import gelu, silu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+
+from russet import elementwise_triton  # noqa: E402
+from russet.elementwise_triton import Fused  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=["whole", "in parts"])
+def way(request, monkeypatch):
+    """One program for each group, or three kernels that share the work."""
+    if request.param == "in parts":
+        monkeypatch.setattr(elementwise_triton, "WHOLE", 0)
+        monkeypatch.setattr(elementwise_triton, "FEW_WHOLE", 0)
+    return request.param
+
+
+def made(*shape: int, seed: int = 0, offset: float = 0.0) -> torch.Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE) + offset
+    return numbers.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else numbers
+
+
+def norm_of(kind: type[nn.Module], *sizes: int) -> nn.Module:
+    norm = kind(*sizes).to(DEVICE)
+    norm.weight.copy_(made(sizes[-1], seed=8))
+    norm.bias.copy_(made(sizes[-1], seed=9))
+    return norm
+
+
+SHAPES = [(2, 20, 5, 7), (1, 96, 9, 15), (3, 40, 1, 1), (1, 8, 13, 40)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rows", [None, 1, "all"])
+@pytest.mark.parametrize("act", [None, silu])
+def test_group_norm_is_that_of_pytorch(shape, rows, act, way):
+    norm = norm_of(nn.GroupNorm, 4, shape[1])
+    shift = None if rows is None else made(shape[0] if rows == "all" else 1, shape[1], seed=3)
+    x = made(*shape, offset=5.0)
+    expected = PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
+    found = elementwise_triton.group_norm(x, norm, act is not None, shift)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_values_far_from_zero_lose_no_variance(way):
+    x, norm = made(1, 32, 16, 40, offset=1000.0), norm_of(nn.GroupNorm, 8, 32)
+    expected = norm.double()(x.double())
+    found = elementwise_triton.group_norm(x, norm.float(), False, None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("both", [False, True])
+def test_sums_with_a_shift_are_those_of_pytorch(rows, both):
+    h, x, shift = made(2, 20, 5, 9), made(2, 20, 5, 9, seed=1) if both else None, made(rows, 20, seed=2)
+    expected = h + shift[:, :, None, None] + (0 if x is None else x)
+    torch.testing.assert_close(elementwise_triton.shifted_sum(h, x, shift), expected)
+
+
+@pytest.mark.parametrize("features", [48, 640])
+def test_layer_norm_of_a_sum_is_that_of_pytorch(features):
+    h, x, norm = made(2, 7, features), made(2, 7, features, seed=1), norm_of(nn.LayerNorm, features)
+    total, normed = PLAIN.added_norm(h.clone(), x, norm)
+    torch.testing.assert_close(elementwise_triton.layer_norm(h, norm, x), normed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(h, total)
+    torch.testing.assert_close(elementwise_triton.layer_norm(x, norm, None), norm(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [24, 600])
+def test_the_gate_is_that_of_pytorch(features):
+    x = made(2, 5, 2 * features)
+    torch.testing.assert_close(elementwise_triton.gated(x), PLAIN.geglu(x), rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_is_computed_in_single(way):
+    x, norm = made(2, 32, 8, 20).half(), norm_of(nn.GroupNorm, 8, 32)
+    expected = PLAIN.normed(x.float(), norm, silu)
+    found = elementwise_triton.group_norm(x, norm.half(), True, None)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_all_kernels_compile():
+    elementwise_triton.compile_all(torch.device(DEVICE), torch.float32)
+
+
+def test_what_the_kernels_are_not_made_for_is_left_to_pytorch():
+    steps, x = Fused(silu), made(1, 8, 4, 4)
+    scrambled = x.contiguous()  # not channels-last
+    norm, conv = norm_of(nn.GroupNorm, 2, 8), nn.Conv2d(8, 8, 3, padding=1).to(DEVICE)
+    for given in (scrambled, x.cpu()):
+        there = given.device
+        expected = PLAIN.normed(given, norm.to(there), gelu)
+        torch.testing.assert_close(steps.normed(given, norm, gelu), expected)
+        found, rest = steps.convolved(given, conv.to(there))
+        assert rest is None
+        torch.testing.assert_close(found, conv(given))
