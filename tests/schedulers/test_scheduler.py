@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -184,6 +185,16 @@ def test_options_stay_the_same_during_a_run() -> None:
     scheduler.step(normal(1), scheduler.timesteps[0], normal(2), eta=0.5)
     with pytest.raises(InputError, match="options of a run stay the same"):
         scheduler.step(normal(1), scheduler.timesteps[1], normal(2), eta=0.4)
+
+
+def test_loops_written_for_diffusers_find_eta_where_they_look_for_it() -> None:
+    for cls in (named.DDIMScheduler, named.EulerDiscreteScheduler):
+        scheduler = cls(**SD)
+        assert {"eta", "generator"} <= inspect.signature(scheduler.step).parameters.keys()
+        scheduler.set_timesteps(2)
+        scheduler.step(normal(1), scheduler.timesteps[0], normal(2), eta=0.0)
+    with pytest.raises(UnsupportedArgument, match="EulerDiscreteScheduler does not take eta"):
+        scheduler.step(normal(1), scheduler.timesteps[1], normal(2), eta=0.5)
 
 
 def test_noise_can_be_given_in_place_of_a_generator() -> None:

@@ -119,6 +119,7 @@ class Scheduler(Timetable):
         timestep: float | Tensor,
         sample: Tensor,
         *,
+        eta: float | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         variance_noise: Tensor | None = None,
         unconditional: Tensor | None = None,
@@ -132,7 +133,7 @@ class Scheduler(Timetable):
             timestep: the next of ``timesteps``; the first may be any that a step begins at.
             generator: one for the batch, or one for each image. variance_noise: the noise itself, in its place.
             unconditional: the output for no prompt, which CFG++ needs.
-            options: those of the class, such as ``eta``; the same in each step of a run.
+            eta, options: those of the class; the same in each step of a run.
 
         Raises:
             InputError: wrong shapes, a timestep that was not asked for, a step before ``set_timesteps``.
@@ -140,7 +141,7 @@ class Scheduler(Timetable):
         sample = arguments.batch("sample", sample)
         output = arguments.batch("model_output", model_output, like=sample)
         noise = self._noise(sample, generator, variance_noise)
-        plan, call, options = self._set_up(), self._call_of(timestep), self.read_options(options)
+        plan, call, options = self._set_up(), self._call_of(timestep), self.read_options(options, eta)
         if self._run is None:
             solver, border = self.solver(len(plan.points), **options), self.border(**options)
             plan = self.from_call(dataclasses.replace(plan, solver=solver, border=border), call)

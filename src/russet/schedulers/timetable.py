@@ -139,7 +139,7 @@ class Timetable(Component):
         Raises:
             InputError: an argument that cannot be used.
         """
-        options = self.read_options({**options, "eta": eta} if eta or "eta" in self.options else options)
+        options = self.read_options(options, eta)
         end, most = self.end(), self.config.num_train_timesteps
         ways = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas}
         if len(given := [name for name, value in ways.items() if value is not None]) != 1:
@@ -177,7 +177,10 @@ class Timetable(Component):
             return 1.0
         return math.sqrt(highest**2 + 1) if self.key("timestep_spacing") == "leading" else highest
 
-    def read_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def read_options(self, given: Mapping[str, Any], eta: float | None) -> dict[str, Any]:
+        """The options of a run, defaults included. An eta of 0 asks nothing of a scheduler that has none."""
+        if eta is not None and (eta != 0 or "eta" in self.options):
+            given = {**given, "eta": eta}
         if unknown := given.keys() - self.options.keys():
             has = f"it has {', '.join(self.options)}" if self.options else "it has no options"
             raise UnsupportedArgument(f"{type(self).__name__} does not take {', '.join(unknown)}; {has}")
