@@ -282,3 +282,26 @@ def test_a_cache_that_makes_no_sense_is_refused(given: Any, message: str, tiny: 
     with pytest.raises(InputError, match=message):
         tiny.enable_deep_cache(**given)
     assert tiny.deep_cache is None
+
+
+# -- how near the embedded model's pictures stay
+
+NEAR = 35.0  # dB
+MINI = {"num_inference_steps": 25, "guidance_scale": 5.0, "seed": 42, "output_type": "np"}
+PROMPTS = ["a photo of an astronaut riding a horse on mars", "a cat on the moon"]
+
+
+@pytest.fixture(scope="module")
+def full(shared_mini: Any) -> Any:
+    return shared_mini(PROMPTS, **MINI).images
+
+
+def test_the_cache_as_it_is_switched_on_keeps_the_pictures(mini: Any, full: Any, psnr: Any) -> None:
+    mini.enable_deep_cache()
+    for picture, wanted in zip(mini(PROMPTS, **MINI).images, full, strict=True):
+        assert psnr(picture, wanted) > NEAR
+
+
+def test_the_recommended_interval_keeps_the_pictures(mini: Any, full: Any, psnr: Any) -> None:
+    for picture, wanted in zip(mini(PROMPTS, guidance_interval=(0, 0.95), **MINI).images, full, strict=True):
+        assert psnr(picture, wanted) > NEAR

@@ -68,7 +68,7 @@ class Switches:
         """Computes by PyTorch's own operations alone, one after another: to find out where a difference comes from."""
         self._choose(fast_paths=False)
 
-    def enable_deep_cache(self, interval: int = 2, branch: int = 0, start: float = 0.3) -> None:
+    def enable_deep_cache(self, interval: int = 2, branch: int = 0, start: float = 0.4) -> None:
         """Computes the whole UNet in every ``interval``-th call only, and its outermost blocks in all others.
 
         Less work, and slightly other pictures (DeepCache, arXiv:2312.00858); the page on speed has figures.
