@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from russet.schedulers import exponential, multistep, names, spacing
+from russet.schedulers import multistep, names, spacing
 from russet.schedulers.brownian import Noise
 from russet.schedulers.noise import Point
 from russet.schedulers.scheduler import Scheduler
@@ -96,7 +96,7 @@ Denoised = Callable[[Tensor, float], Tensor]
 def exact(noise: Tensor, high: float, low: float = 1e-3) -> Tensor:
     """Where the probability-flow equation leads from ``high * noise``, in float64 and 600 steps of the third order."""
     *points, end = (Point(0.0, float(sigma)) for sigma in spacing.polyexponential(601, low, high))
-    method, orders = exponential.Exponential("heun"), [1, 2, 3] * 200
+    method, orders = multistep.Exponential("heun"), [1, 2, 3] * 200
     x = high * noise.double()
     steps = multistep.singlestep(x, points, end, Noise(lambda: x), method, orders)
     try:

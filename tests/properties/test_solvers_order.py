@@ -17,7 +17,7 @@ from torch import Tensor
 
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.brownian import Noise
-from russet.schedulers.exponential import Exponential
+from russet.schedulers.multistep import Exponential
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Solver
 

@@ -16,7 +16,7 @@ import numpy as np
 from russet.errors import InputError
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.configs import CLIPPING, HIGH_ORDER, RANGE, SIGMAS, SPACED, THRESHOLDING, ZERO_SNR
-from russet.schedulers.exponential import Exponential
+from russet.schedulers.multistep import Exponential
 from russet.schedulers.noise import ALMOST_PURE_NOISE, CosineTable, Point, Table
 from russet.schedulers.schedule import Border, Schedule
 from russet.schedulers.scheduler import Scheduler
