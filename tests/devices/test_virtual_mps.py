@@ -195,6 +195,37 @@ def test_torch_answers_for_the_mac():
 
 
 @needs_torch_2
+def test_events_profiler_and_accelerator_answer_too():
+    with VirtualMac(torch="2.13.0") as mac:
+        began, ended = torch.mps.Event(enable_timing=True), torch.mps.Event(enable_timing=True)
+        began.record()
+        ended.record()
+        with mac.measure() as counts, torch.mps.profiler.profile():
+            ended.synchronize()
+        assert counts.sync_count == 1
+        assert began.elapsed_time(ended) >= 0
+        assert ended.query()
+        if hasattr(torch, "accelerator"):
+            assert torch.accelerator.current_accelerator() == torch.device("mps")
+        with pytest.raises(rules.Hazard, match="shader"):
+            torch.mps.compile_shader("kernel void nothing() {}")
+    with VirtualMac(torch="2.0.1"):
+        assert not hasattr(torch.mps, "Event")
+        assert not hasattr(torch, "accelerator")
+
+
+@pytest.mark.parametrize("ask", ["recommended_max_memory", "driver_allocated_memory", "current_allocated_memory"])
+@needs_torch_2
+def test_a_question_about_memory_starts_the_allocator_which_reads_its_setting_once(ask, monkeypatch):
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    with VirtualMac() as mac:
+        getattr(torch.mps, ask)()
+        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.0")
+        torch.zeros(1, device="mps")
+        assert mac.account.limit == int(1.7 * mac.working_set)
+
+
+@needs_torch_2
 def test_what_an_older_torch_does_not_have_is_absent():
     with VirtualMac(torch="1.13.1", macos="13.0"):
         assert not hasattr(torch.mps, "synchronize")

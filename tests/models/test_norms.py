@@ -36,6 +36,7 @@ def test_a_composed_group_norm_equals_torchs(memory_format):
     torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cpu_half
 @pytest.mark.usefixtures("way")
 def test_a_composed_group_norm_survives_what_overflows_when_squared_in_half_precision():
     x = 1000 * torch.randn(1, 16, 8, 8)
@@ -45,6 +46,7 @@ def test_a_composed_group_norm_survives_what_overflows_when_squared_in_half_prec
     torch.testing.assert_close(half, norm.float()(x), rtol=5e-3, atol=5e-3)
 
 
+@pytest.mark.cpu_half
 @pytest.mark.usefixtures("way")
 def test_a_composed_group_norm_is_exact_far_from_zero_in_half_precision():
     x = (30 + torch.randn(2, 32, 16, 16)).half()

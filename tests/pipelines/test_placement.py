@@ -170,13 +170,13 @@ def test_the_allocators_variables_are_set_unless_the_user_has_set_them(monkeypat
         monkeypatch.delenv(name, raising=False)
     high = next(iter(decided.environment))
     monkeypatch.setenv(high, "0.7")
-    placement.set_environment(decided)
+    placement.set_environment(torch.device("mps"))
     assert [os.environ.get(name) for name in decided.environment] == ["0.7", None]  # 0.8 for the low one would not do
     monkeypatch.delenv(high)
-    placement.set_environment(decided)
+    placement.set_environment(torch.device("mps"))
     assert {name: os.environ[name] for name in decided.environment} == decided.environment
     for name in decided.environment:
-        monkeypatch.delenv(name)
+        del os.environ[name]  # not by monkeypatch, which would put it back
 
 
 def test_a_size_that_the_device_dislikes_is_drawn_with_a_note(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:

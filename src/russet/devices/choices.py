@@ -42,7 +42,7 @@ MEANING: Mapping[str, str] = {
     "idle_weights": "where weights are that are not on the device: 'cpu'; 'dropped' (deleted, and read from the"
     " checkpoint again when needed; those of layers, 'sequential', stay on the CPU); 'kept': in the"
     " memory that CPU and device share; moving them frees nothing",
-    "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO (Plan.environment) before mps is first used;"
+    "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO before mps is first used, or asked;"
     " None: leave them",
     "bucket": "every size is obeyed; one that is no multiple of this many pixels is worth a note to the caller",
     "priming": "True: run one step of the first call, discard it, and start the call again",

@@ -89,10 +89,15 @@ class Decisions:
     @property
     def environment(self) -> Mapping[str, str]:
         """Environment variables to set before the device is first used, unless the user has set any of them."""
-        if self["watermark"] is None:
-            return {}
-        high, low = self["watermark"]
-        return {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": str(high), "PYTORCH_MPS_LOW_WATERMARK_RATIO": str(low)}
+        return allocator_variables(self["watermark"])
+
+
+def allocator_variables(watermark: tuple[float, float] | None) -> Mapping[str, str]:
+    """A watermark decision as torch reads it from the environment."""
+    if watermark is None:
+        return {}
+    high, low = watermark
+    return {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": str(high), "PYTORCH_MPS_LOW_WATERMARK_RATIO": str(low)}
 
 
 def settled(user: Mapping[str, Any], name: str, value: Any, reason: str, note: str = "your choice") -> Decision:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from russet.devices.bugs import affected
+from collections.abc import Mapping
+
+from russet.devices.bugs import BY_ID, affected
 from russet.devices.choices import COMPONENTS, Request
-from russet.devices.decisions import Decision, settled
+from russet.devices.decisions import Decision, allocator_variables, settled
 from russet.devices.facts import Facts
 from russet.devices.sizes import Sizes
 
@@ -112,6 +114,15 @@ def watermark(facts: Facts) -> Decision:
     if bug := affected(facts, "watermark"):
         return Decision("watermark", WATERMARK, bug.what)
     return Decision("watermark", None, "only mps has it")
+
+
+def environment(device: str) -> Mapping[str, str]:
+    """The variables to set before a kind of device is first used: what every plan for it will say.
+
+    torch's allocator reads them as it starts, and to be asked about memory is enough to start it: so they come before
+    the facts that a plan is made from.
+    """
+    return allocator_variables(WATERMARK if device in BY_ID["watermark"].devices else None)
 
 
 def bucket(facts: Facts) -> Decision:

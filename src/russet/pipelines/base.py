@@ -216,6 +216,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         device, dtype = read_target(target, named)
         before = self._device, self._dtype, self._as_given
         if device is not None:
+            placement.set_environment(device)
             read_facts(device)  # raises where it is not there
             self._device = device
         if dtype is not None:
@@ -301,7 +302,6 @@ class DiffusionPipeline(SingleFiles, Switches):
         plan = self.plan()
         self.graphs.clear()  # their weights are about to move
         placement.compile_kernels(plan, self._device)
-        placement.set_environment(plan)
         for name, network in self.networks.items():
             home = placement.home(name, plan, self._device)
             placement.settle(name, network, plan, home, self._drafts.get(network))
@@ -313,6 +313,8 @@ class DiffusionPipeline(SingleFiles, Switches):
         """
         homes = {name: placement.home(name, plan, self._device) for name in self.networks}
         moving = [name for name, network in self.networks.items() if not placement.is_at(network, homes[name])]
+        if moving:
+            self.graphs.clear()
         for name in sorted(moving, key=lambda name: homes[name] == self._device):
             network = self.networks[name]
             placement.settle(name, network, plan, homes[name], self._drafts.get(network))

@@ -19,6 +19,7 @@ from russet import attention
 from russet.attention import Attention
 from russet.checkpoints.draft import Draft
 from russet.devices.plan import AttentionChoice, Plan, Tile
+from russet.devices.rules import environment
 from russet.elementwise import PLAIN, Elementwise
 from russet.models.activations import silu
 from russet.models.autoencoder import Autoencoder
@@ -85,13 +86,14 @@ def fused_steps() -> Fused:
     return Fused(silu)
 
 
-def set_environment(plan: Plan) -> None:
-    """Sets the variables that the device's allocator reads when it starts, unless the user has set any of them.
+def set_environment(device: torch.device) -> None:
+    """Sets the variables that a device's allocator reads when it starts, unless the user has set any of them.
 
     One of the user's and one of ours could contradict each other, which ends in an error when the device starts.
     """
-    if not plan.environment.keys() & os.environ.keys():
-        os.environ.update(plan.environment)
+    variables = environment(device.type)
+    if not variables.keys() & os.environ.keys():
+        os.environ.update(variables)
 
 
 def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:

@@ -71,10 +71,14 @@ class Account:
 
     @property
     def limit(self) -> int:
-        """Bytes that may be live at once; 0 is no limit. torch reads its setting when the first byte is allocated."""
+        """Bytes that may be live at once; 0 is no limit. torch reads its setting when the allocator starts."""
         if self._limit is None:
             self.limit_to(float(os.environ.get("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "1.7")))
         return self._limit or 0
+
+    def start(self) -> None:
+        """Starts the allocator, which reads its setting then: to be asked about memory is enough."""
+        assert self.limit >= 0
 
     def limit_to(self, ratio: float) -> None:
         self._limit = int(ratio * self.working_set)

@@ -7,9 +7,11 @@ the Mac is left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 
+from . import rules
 from .kernels import Version
 from .streams import VirtualGenerator
 
@@ -47,7 +50,11 @@ SINCE: dict[str, Version] = {  # of torch.mps and torch.backends.mps, where it w
     "get_name": (2, 9),
     "get_core_count": (2, 9),
     "compile_shader": (2, 7),
+    "Event": (2, 1),
+    "event": (2, 1),
+    "profiler": (2, 1),
 }
+ACCELERATOR_SINCE: dict[str, Version] = {"current_device_index": (2, 8)}
 
 
 class Replaced:
@@ -86,9 +93,11 @@ def install(mac: VirtualMac, replaced: Replaced) -> None:
         replaced.set(F, "scaled_dot_product_attention", ABSENT)
     if not hasattr(torch, "mps"):  # the installed torch is older than 2.0
         replaced.set(torch, "mps", SimpleNamespace())
+    install_accelerator(mac, replaced)
     for owner, functions in ((torch.backends.mps, backend(mac)), (torch.mps, device_module(mac))):
         for name, function in functions.items():
-            replaced.set(owner, name, function if mac.torch >= SINCE.get(name, ()) else ABSENT)
+            since = (2, 5) if (owner, name) == (torch.mps, "is_available") else SINCE.get(name, ())
+            replaced.set(owner, name, function if mac.torch >= since else ABSENT)
     install_host(mac, replaced)
 
 
@@ -116,7 +125,15 @@ def device_module(mac: VirtualMac) -> dict[str, Any]:
         account.limit_to(fraction)
 
     def empty_cache() -> None:
+        account.start()
         account.cached = account.live
+
+    def asked(answer: Callable[[], int]) -> Callable[[], int]:
+        def after_start() -> int:
+            account.start()
+            return answer()
+
+        return after_start
 
     return {
         "device_count": lambda: int(mac.available),
@@ -128,11 +145,82 @@ def device_module(mac: VirtualMac) -> dict[str, Any]:
         "set_rng_state": lambda state, device="mps": mac.generator.set_state(state),
         "empty_cache": empty_cache,
         "set_per_process_memory_fraction": set_fraction,
-        "current_allocated_memory": lambda: account.live,
-        "driver_allocated_memory": lambda: account.cached,
-        "recommended_max_memory": lambda: mac.working_set,
-        "compile_shader": ABSENT,
+        "current_allocated_memory": asked(lambda: account.live),
+        "driver_allocated_memory": asked(lambda: account.cached),
+        "recommended_max_memory": asked(lambda: mac.working_set),
+        "compile_shader": no_shaders,
+        "Event": event_class(mac),
+        "event": SimpleNamespace(Event=event_class(mac)),
+        "profiler": Profiler,
     }
+
+
+def no_shaders(source: str) -> Any:
+    raise rules.Hazard("a shader of one's own is not part of the virtual device, which knows torch's operators only")
+
+
+class Profiler:
+    """``torch.mps.profiler``: there is nothing to be seen in Instruments, so it does nothing."""
+
+    @staticmethod
+    def start(mode: str = "interval", wait_until_completed: bool = False) -> None:
+        pass
+
+    @staticmethod
+    def stop() -> None:
+        pass
+
+    @staticmethod
+    def profile(mode: str = "interval", wait_until_completed: bool = False) -> Any:
+        return contextlib.nullcontext()
+
+
+def event_class(mac: VirtualMac) -> type:
+    """``torch.mps.Event`` for one Mac: every kernel is done at once, and to wait for it counts as a wait."""
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.timed = enable_timing
+            self.recorded = 0.0
+
+        def record(self) -> None:
+            self.recorded = time.perf_counter()
+
+        def wait(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            mac.account.sync("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            """Milliseconds."""
+            if not (self.timed and end.timed):
+                raise RuntimeError("Both events must be created with argument 'enable_timing=True'.")
+            return 1000 * (end.recorded - self.recorded)
+
+    return Event
+
+
+def install_accelerator(mac: VirtualMac, replaced: Replaced) -> None:
+    """``torch.accelerator``, which torch has from 2.6 on."""
+    owner = getattr(torch, "accelerator", None)
+    if owner is None:
+        return
+    answers = {
+        "is_available": lambda: mac.available,
+        "device_count": lambda: int(mac.available),
+        "current_accelerator": lambda check_available=False: torch.device("mps"),
+        "current_device_index": lambda: 0,
+        "synchronize": lambda device=None: mac.account.sync("synchronize"),
+    }
+    if mac.torch < (2, 6):
+        replaced.set(torch, "accelerator", ABSENT)
+        return
+    for name, function in answers.items():
+        replaced.set(owner, name, function if mac.torch >= ACCELERATOR_SINCE.get(name, ()) else ABSENT)
 
 
 def install_host(mac: VirtualMac, replaced: Replaced) -> None:
@@ -140,12 +228,18 @@ def install_host(mac: VirtualMac, replaced: Replaced) -> None:
 
     ``sys.platform`` stays: modules that are first imported on the Mac would take themselves for a Mac's for good.
     """
-    memory = psutil.virtual_memory()._replace(total=mac.memory, available=mac.free_memory, used=mac.memory // 2)
+    memory = psutil.virtual_memory()
+
+    def memory_now() -> Any:
+        """What other programs leave, less what the device holds of it."""
+        available = max(0, mac.free_memory - mac.account.live)
+        return memory._replace(total=mac.memory, available=available, used=mac.memory - available)
+
     swap = psutil.swap_memory()._replace(total=0, used=0)
     replaced.set(platform, "system", lambda: "Darwin")
     replaced.set(platform, "machine", lambda: "arm64")
     replaced.set(platform, "mac_ver", lambda *args, **kwargs: (".".join(map(str, mac.macos)), ("", "", ""), "arm64"))
-    replaced.set(psutil, "virtual_memory", lambda: memory)
+    replaced.set(psutil, "virtual_memory", memory_now)
     replaced.set(psutil, "swap_memory", lambda: swap)
     replaced.set(psutil.Process, "memory_info", lambda process: SimpleNamespace(rss=PYTHON + mac.account.live))
     real = subprocess.run
