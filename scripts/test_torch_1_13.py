@@ -25,10 +25,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = ROOT / "scripts" / "torch_1_13.txt"
+LONG = (
+    "test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow",
+    "test_a_list_of_prompts_gives_the_pictures_of_single_ones",
+    "test_noise_never_comes_from_the_device",
+)
 CORE = (
     *(f"--ignore=tests/{part}" for part in ("properties", "parity", "test_docs.py", "schedulers/test_brownian.py")),
-    "--deselect=tests/devices/test_on_virtual_mac.py::"
-    "test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow",
+    *(f"--deselect=tests/devices/test_on_virtual_mac.py::{name}" for name in LONG),
 )
 NO_PYTHON = 77
 

@@ -178,6 +178,7 @@ def test_a_whole_call_peaks_as_predicted(shared_mini, width, height, images):
     assert predicted == pytest.approx(counted.peak, rel=WITHIN)
 
 
+@pytest.mark.skipif(not HAS_SDPA, reason="without fused attention the scores are the peak, which hide the map")
 @pytest.mark.parametrize("branch", [0, 1])
 def test_deep_maps_that_are_kept_count_as_predicted(mini, branch):
     options = {"width": 128, "height": 128, "num_images_per_prompt": 8, "num_inference_steps": 4}
