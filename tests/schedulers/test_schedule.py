@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from russet.errors import InputError
-from russet.schedulers import named
+from russet.schedulers import named, solvers
 from russet.schedulers.schedule import Run
 from russet.schedulers.scheduler import Scheduler
 
@@ -116,6 +116,16 @@ def test_two_runs_of_one_scheduler_in_two_threads_do_not_disturb_each_other(cls:
     for thread in threads:
         thread.join(30)
     assert all(torch.equal(together[seed], alone[seed]) for seed in range(2))
+
+
+def test_a_class_of_ones_own_has_the_solver_that_it_names() -> None:
+    for base in (named.EulerDiscreteScheduler, named.DDIMScheduler, named.UniPCMultistepScheduler):
+
+        class Own(base, solver=solvers.heun):  # type: ignore[misc, valid-type]
+            pass
+
+        assert Own(**SD).schedule(5).solver is solvers.heun
+        assert len(Own.from_config(base(**SD).config).schedule(5).timesteps) == 9
 
 
 def test_a_schedule_can_be_run_any_number_of_times() -> None:

@@ -36,14 +36,12 @@ class Timetable(Component):
     zero_snr: ClassVar[float] = 2.0**-24  # alphas_cumprod that stands for zero
     options: ClassVar[Mapping[str, Any]] = {}
 
-    _solver: ClassVar[Solver]
-
     def __init_subclass__(cls, keys: Sequence[str] = (), solver: Solver | None = None, **defaults: Any) -> None:
         """keys: the config's; defaults: where they are not the usual ones; solver: one that needs to know no more."""
         if keys:
             cls.config_class = config_class(cls, keys, defaults)
         if solver is not None:
-            cls._solver = staticmethod(solver)
+            cls.solver = lambda self, steps, **options: solver  # type: ignore[method-assign]
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         """
@@ -61,7 +59,7 @@ class Timetable(Component):
 
     def solver(self, steps: int, **options: Any) -> Solver:
         """The solver for a run of ``steps``; the options are those of ``self.options``."""
-        return self._solver
+        raise NotImplementedError
 
     def make_table(self) -> Table:
         return Table(noise.betas_of(self.config), self.zero_snr if self.key("rescale_betas_zero_snr") else None)
