@@ -25,14 +25,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PINS = ROOT / "scripts" / "torch_1_13.txt"
-LONG = (
-    "test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow",
-    "test_a_list_of_prompts_gives_the_pictures_of_single_ones",
-    "test_noise_never_comes_from_the_device",
-)
+LONG = {
+    "devices/test_on_virtual_mac.py": (
+        "test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow",
+        "test_a_list_of_prompts_gives_the_pictures_of_single_ones",
+        "test_noise_never_comes_from_the_device",
+    ),
+    "test_mini.py": (
+        "test_the_background_has_the_colour_that_the_prompt_asks_for",
+        "test_english_and_korean_ask_for_the_same_scene",
+        "test_a_batch_of_four_equals_four_single_runs",
+        "test_a_picture_in_bfloat16_is_nearly_that_in_float32",
+    ),
+}
 CORE = (
     *(f"--ignore=tests/{part}" for part in ("properties", "parity", "test_docs.py", "schedulers/test_brownian.py")),
-    *(f"--deselect=tests/devices/test_on_virtual_mac.py::{name}" for name in LONG),
+    *(f"--deselect=tests/{file}::{name}" for file, names in LONG.items() for name in names),
 )
 NO_PYTHON = 77
 
