@@ -124,7 +124,7 @@ BUGS: tuple[Bug, ...] = (
         "slow-group-norm",
         "GroupNorm is decomposed in Python instead of one kernel",
         "about seven times slower than a composite of plain operations",
-        "GroupNorm by mean and variance of a reshaped tensor",
+        "each group is normalised as a layer is, in float32; a large map in steps that need less room",
         PYTORCH + "182805",
         torch=((2, 1), (2, 13)),
     ),
