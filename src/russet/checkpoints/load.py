@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from russet.checkpoints import folder, old_configs
+from russet.checkpoints import folder, old_configs, stored_file
 from russet.checkpoints.classes import COMPONENTS, entry_of
 from russet.checkpoints.draft import Draft
 from russet.checkpoints.locate import locate
@@ -32,7 +32,8 @@ T = TypeVar("T")
 class Loaded:
     """A pipeline's parts: ``components`` by name, None for those that it does without; ``index`` as it was read.
 
-    ``drafts`` has for each network that was read what reads its weights again: ``drafts[network].refill(network, …)``.
+    ``drafts`` has for each network what reads its weights, for the first time or again:
+    ``drafts[network].refill(network, …)``.
     """
 
     class_name: str
@@ -49,6 +50,7 @@ def pipeline(
     dtype: Precision = None,
     options: Options | None = None,
     device: torch.device | str = "cpu",
+    postponed: bool = False,
 ) -> Loaded:
     """Loads all components of a pipeline.
 
@@ -59,6 +61,7 @@ def pipeline(
             float32.
         options: how to find the files.
         device: where the weights go, tensor by tensor, without the whole model being on the CPU first.
+        postponed: leaves networks without memory, to be filled by their drafts; not where files cannot be held open.
 
     Raises:
         InputError: an argument has a wrong value, or an override names no component.
@@ -81,8 +84,13 @@ def pipeline(
     }
     choices = {part: draft.choice for part, draft in drafts.items() if draft.choice is not None}
     folder.check_variant(choices, options.variant, place)
-    made = {part: draft.make(precision_of(dtype, part), device) for part, draft in drafts.items()}
-    log.info("%s: loaded %s in %.2f s", source, ", ".join(made), time.perf_counter() - started)
+    postponed = postponed and stored_file.HELD
+    made = {
+        part: draft.component if postponed else draft.make(precision_of(dtype, part), device)
+        for part, draft in drafts.items()
+    }
+    done = "opened" if postponed else "loaded"
+    log.info("%s: %s %s in %.2f s", source, done, ", ".join(made), time.perf_counter() - started)
     components = {part: made.get(part) for part in index.parts} | overrides
     filled = {made[part]: draft for part, draft in drafts.items() if draft.sources}
     return Loaded(index.class_name, components, index.raw, os.fspath(source), filled)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from russet.checkpoints import configs, ldm_keys, old_configs
+from russet.checkpoints import configs, ldm_keys, old_configs, stored_file
 from russet.checkpoints.classes import COMPONENTS, find
 from russet.checkpoints.configs import Recipe
 from russet.checkpoints.ldm_read import draft
@@ -36,6 +36,7 @@ def single_file(
     dtype: Precision = None,
     options: Options | None = None,
     accepts: Callable[[str], Collection[str]] | None = None,
+    postponed: bool = False,
     **how: Any,
 ) -> Loaded:
     """Loads a pipeline out of one file, on the CPU. A safety checker is only there if the caller brings one.
@@ -48,6 +49,7 @@ def single_file(
         options: how to reach the Hub.
         accepts: given the name of the pipeline that the file is for, the components that the caller takes; it may
             raise. None takes all. It is asked before any weight is read.
+        postponed: as for ``load.pipeline``; a UNet that has to be asked what it predicts is read all the same.
         how: the fields of ``Request``.
 
     Raises:
@@ -73,14 +75,21 @@ def single_file(
         log.warning("%s: %d tensors not used, such as %s", file.path, len(strangers), strangers[0][:200])
     wanted = [name for name in SMALL if name in recipe.parts and name not in overrides]
     small = {name: make_small(name, recipe, file.path) for name in wanted}
-    made = {name: draft.make(precision_of(dtype, name)) for name, draft in drafts.items()}
-    if is_open(told, request) and "unet" in made:
+    asked = {"unet"} & drafts.keys() if is_open(told, request) else set()
+    now = asked if postponed and stored_file.HELD else drafts.keys()
+    made = {
+        name: draft.make(precision_of(dtype, name)) if name in now else draft.component
+        for name, draft in drafts.items()
+    }
+    if asked:
         recipe = settle(file, told, request, options, made)
         small["scheduler"] = make_small("scheduler", recipe, file.path)
-    log.info("%s: loaded a %s in %.2f s", file.path, file.kind, time.perf_counter() - started)
+    done = "loaded" if now == drafts.keys() else "opened"
+    log.info("%s: %s a %s in %.2f s", file.path, done, file.kind, time.perf_counter() - started)
     components = {**dict.fromkeys(recipe.parts), **made, **small, **overrides}
     index = {"_class_name": recipe.class_name, **recipe.settings, "requires_safety_checker": False}
-    return Loaded(recipe.class_name, components, index, os.fspath(source))
+    filled = {made[name]: draft for name, draft in drafts.items()}
+    return Loaded(recipe.class_name, components, index, os.fspath(source), filled)
 
 
 def check_kind(file: SingleFile) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.pipelines import placement
 from russet.pipelines.graphs import Graphs
 from russet.pipelines.single_files import SingleFiles
+from russet.pipelines.slots import Slot
 from russet.pipelines.switches import Switches
 
 ELSEWHERE = {
@@ -45,6 +47,9 @@ ELSEWHERE = {
 """Arguments of Diffusers' from_pretrained that Russet lacks, each with what to do instead."""
 
 
+_PLACING = threading.RLock()  # weights are read by one thread, and others that look at them wait
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """One component that a pipeline is made of: the class it must have or ``others``, and whether it may be None."""
@@ -61,10 +66,16 @@ class Part:
 class DiffusionPipeline(SingleFiles, Switches):
     """Base of all pipelines. ``DiffusionPipeline.from_pretrained`` returns the pipeline that the checkpoint names.
 
-    Components are plain attributes: ``pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)``.
+    Components are attributes: ``pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)``. The
+    weights of a checkpoint are read when they are needed: by ``.to(device)``, by a call, or by a look at a network.
     """
 
     parts: ClassVar[Mapping[str, Part]] = {}
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        for name in cls.parts:
+            setattr(cls, name, Slot(name))
 
     def __init__(self, *, requires_safety_checker: bool = True, **components: Any) -> None:
         check_components(type(self).__name__, self.parts, components)
@@ -73,7 +84,9 @@ class DiffusionPipeline(SingleFiles, Switches):
         self._device = torch.device("cpu")
         self._dtype: torch.dtype | None = None  # what the user asked for; None: the plan decides
         self._as_given: frozenset[str] = frozenset(self.parts)  # whose precision the plan leaves alone
-        self._drafts: Mapping[Any, Draft] = {}  # network → what reads its weights again
+        self._drafts: Mapping[Any, Draft] = {}  # network → what reads its weights
+        self._waiting = False  # whether networks are still to be put in place, and their weights to be read
+        self._placing = False
         self.graphs = Graphs()
         super().__init__()
         for name in self.parts:
@@ -98,7 +111,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         requires_safety_checker: bool | None = None,
         **components: Any,
     ) -> Self:
-        """Reads a pipeline, on the CPU; ``.to(device)`` moves it.
+        """Opens a pipeline: checks its files, and leaves the weights for ``.to(device)`` or the first use to read.
 
         Args:
             pretrained_model_name_or_path: a Hub repository ("owner/name"), a local folder in Diffusers form, or
@@ -131,7 +144,9 @@ class DiffusionPipeline(SingleFiles, Switches):
             force_download=force_download,
             use_safetensors=use_safetensors,
         )
-        loaded = load.pipeline(pretrained_model_name_or_path, overrides=components, dtype=precision, options=options)
+        loaded = load.pipeline(
+            pretrained_model_name_or_path, overrides=components, dtype=precision, options=options, postponed=True
+        )
         return cls.assemble(loaded, precision, given=components, requires_safety_checker=requires_safety_checker)
 
     @classmethod
@@ -155,8 +170,13 @@ class DiffusionPipeline(SingleFiles, Switches):
         pipe._dtype = dtype
         pipe._as_given = frozenset(given)
         pipe._drafts = loaded.drafts
+        plan = None
         with contextlib.suppress(DoesNotFit):  # too large to draw on the CPU is no reason not to load
-            pipe._place()
+            plan = pipe.plan()
+        for name, network in pipe._networks().items():
+            if network in loaded.drafts:  # in the precision that the weights will have
+                network.to(placement.dtype_named(plan.dtype(name)) if plan else dtype or torch.float32)
+        pipe._waiting = True
         assert isinstance(pipe, cls)
         return pipe
 
@@ -174,9 +194,7 @@ class DiffusionPipeline(SingleFiles, Switches):
             CheckpointError: the folder cannot be written; what stood there before is intact.
         """
         index = {**self.index, "requires_safety_checker": self.requires_safety_checker}
-        with contextlib.ExitStack() as whole:
-            for network in self.networks.values():
-                whole.enter_context(placement.whole(network, self._drafts.get(network)))
+        with self.whole():
             save.pipeline(
                 save_directory,
                 type(self).__name__,
@@ -187,6 +205,14 @@ class DiffusionPipeline(SingleFiles, Switches):
                 max_shard_size=max_shard_size,
             )
 
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Has the weights of all networks in memory for as long as the block lasts, those that rest on disk too."""
+        with contextlib.ExitStack() as stack:
+            for network in self.networks.values():
+                stack.enter_context(placement.whole(network, self._drafts.get(network)))
+            yield
+
     @property
     def components(self) -> dict[str, Any]:
         """Name → component, None where it was left out; ``OtherPipeline(**pipe.components)`` shares them."""
@@ -196,6 +222,14 @@ class DiffusionPipeline(SingleFiles, Switches):
     def networks(self) -> dict[str, nn.Module]:
         """The components that hold weights."""
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    def known(self, name: str) -> Any:
+        """A component for what its config says, its weights read or not; None where it was left out."""
+        return vars(self).get(name)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        """The same as ``networks``, their weights read or not."""
+        return {name: part for name in self.parts if isinstance(part := self.known(name), nn.Module)}
 
     def __repr__(self) -> str:
         parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items() if part is not None)
@@ -214,7 +248,7 @@ class DiffusionPipeline(SingleFiles, Switches):
             InputError: what was given is neither a device nor a precision.
         """
         device, dtype = read_target(target, named)
-        before = self._device, self._dtype, self._as_given
+        before, waiting = (self._device, self._dtype, self._as_given), self._waiting
         if device is not None:
             placement.set_environment(device)
             read_facts(device)  # raises where it is not there
@@ -225,7 +259,8 @@ class DiffusionPipeline(SingleFiles, Switches):
             self._place()
         except BaseException:
             self._device, self._dtype, self._as_given = before
-            self._place()
+            if not waiting:
+                self._place()
             raise
         return self
 
@@ -260,7 +295,8 @@ class DiffusionPipeline(SingleFiles, Switches):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of its main network."""
-        main = self.networks.get("unet") or next(iter(self.networks.values()))
+        networks = self._networks()
+        main = networks.get("unet") or next(iter(networks.values()))
         return next(main.parameters()).dtype
 
     def plan(
@@ -289,22 +325,48 @@ class DiffusionPipeline(SingleFiles, Switches):
     def _request(self) -> Request:
         """What the user decided: the switches, and the precision of what came with one."""
         wanted = {}
-        for name, network in self.networks.items():
+        networks = self._networks()
+        for name, network in networks.items():
             dtype = next(network.parameters()).dtype if name in self._as_given else self._dtype
             if dtype is not None:
                 wanted[name] = placement.dtype_name(dtype)
         return dataclasses.replace(
-            self._choices, dtype=wanted, rereadable=self._drafts.keys() >= set(self.networks.values())
+            self._choices, dtype=wanted, rereadable=self._drafts.keys() >= set(networks.values())
         )
 
     def _place(self) -> None:
-        """Puts every network where the plan wants it between calls, in its precision and layout."""
-        plan = self.plan()
-        self.graphs.clear()  # their weights are about to move
-        placement.compile_kernels(plan, self._device)
-        for name, network in self.networks.items():
-            home = placement.home(name, plan, self._device)
-            placement.settle(name, network, plan, home, self._drafts.get(network))
+        """Puts every network where the plan wants it between calls, in its precision; weights that wait go there."""
+        with _PLACING:
+            outer, self._placing = self._placing, True
+            try:
+                plan = self.plan()
+                self.graphs.clear()  # their weights are about to move
+                placement.compile_kernels(plan, self._device)
+                for name, network in self._networks().items():
+                    home = placement.home(name, plan, self._device)
+                    placement.settle(name, network, plan, home, self._drafts.get(network))
+                self._waiting = False
+            finally:
+                self._placing = outer
+
+    def read_weights(self) -> None:
+        """Reads the weights that have waited on disk since ``from_pretrained``; does nothing where none do.
+
+        Raises:
+            CheckpointError: a file was changed since, or cannot be read.
+        """
+        if not self._waiting:
+            return
+        with _PLACING:
+            if not self._waiting or self._placing:  # another thread has read them; or this one is about to
+                return
+            try:
+                self._place()
+            except DoesNotFit:  # too large to draw here is no reason not to look at it
+                for network in self._networks().values():
+                    if draft := self._drafts.get(network):
+                        placement.fetch(network, draft)
+                self._waiting = False
 
     def _replace(self, plan: Plan) -> None:
         """Moves those networks that the plan of a call wants elsewhere than the call before left them.

@@ -208,17 +208,23 @@ def prepare(network: nn.Module, plan: Plan) -> None:
         network.lay_together()
 
 
+def fetch(network: nn.Module, draft: Draft) -> bool:
+    """Reads a network's weights, if they are not in memory, onto the CPU; whether it did."""
+    parameter = next(network.parameters())
+    if parameter.device != META:
+        return False
+    draft.refill(network, device=CPU, dtype=parameter.dtype, memory_format=torch.contiguous_format)
+    return True
+
+
 @contextlib.contextmanager
 def whole(network: nn.Module, draft: Draft | None) -> Iterator[None]:
     """Has a network whose weights were dropped back in memory for as long as the block lasts."""
-    parameter = next(network.parameters())
-    dropped = parameter.device == META
-    if dropped and draft is not None:
-        draft.refill(network, device=CPU, dtype=parameter.dtype, memory_format=torch.contiguous_format)
+    fetched = draft is not None and fetch(network, draft)
     try:
         yield
     finally:
-        if dropped:
+        if fetched:
             network.to(META)
 
 

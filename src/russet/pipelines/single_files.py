@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,8 @@ class SingleFiles:
         @property
         def components(self) -> dict[str, Any]: ...
 
+        def whole(self) -> contextlib.AbstractContextManager[None]: ...
+
     @classmethod
     def from_single_file(
         cls,
@@ -47,7 +50,9 @@ class SingleFiles:
         force_download: bool = False,
         **components: Any,
     ) -> Self:
-        """Reads a pipeline out of one .safetensors or .ckpt file, on the CPU. The configs are Russet's own: no network.
+        """Opens a pipeline in one .safetensors or .ckpt file. The configs are Russet's own: no network is needed.
+
+        The weights are read when they are needed, as with ``from_pretrained``.
 
         Args:
             pretrained_model_link_or_path: a file, its address on the Hub, or "owner/name/file.safetensors".
@@ -80,6 +85,7 @@ class SingleFiles:
             dtype=precision,
             options=options,
             accepts=cls._accepted,
+            postponed=True,
             config=config,
             original_config=original_config,
             prediction_type=prediction_type,
@@ -107,4 +113,5 @@ class SingleFiles:
             InputError: the path does not end in .safetensors, or a network is missing.
             CheckpointError: the file cannot be written; one that stood there before is intact.
         """
-        save_single_file(self.components, path)
+        with self.whole():
+            save_single_file(self.components, path)

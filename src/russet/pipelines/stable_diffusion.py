@@ -302,7 +302,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Raises:
             ConfigError: the components do not fit each other.
         """
-        unet, vae, text = self.unet.config, self.vae.config, self.text_encoder
+        unet, vae, text = self.known("unet").config, self.known("vae").config, self.known("text_encoder")
         if unet.in_channels != vae.latent_channels:
             raise ConfigError(
                 f"the UNet takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}: "
@@ -328,12 +328,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
         )
 
     def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
-        geometry = self.geometry
+        geometry, text, checker = self.geometry, self.known("text_encoder"), self.known("safety_checker")
         return Sizes.of(
-            unet=self.unet.config,
-            vae=self.vae.config,
-            text_encoder=None if self.text_encoder is None else self.text_encoder.config,
-            safety_checker=None if self.safety_checker is None else self.safety_checker.config,
+            unet=self.known("unet").config,
+            vae=self.known("vae").config,
+            text_encoder=None if text is None else text.config,
+            safety_checker=None if checker is None else checker.config,
             height=height or geometry.sample[0] * geometry.factor,
             width=width or geometry.sample[1] * geometry.factor,
             images=images,
