@@ -232,7 +232,8 @@ class DiffusionPipeline(SingleFiles, Switches):
         return {name: part for name in self.parts if isinstance(part := self.known(name), nn.Module)}
 
     def __repr__(self) -> str:
-        parts = (f"  {name}: {type(part).__name__}" for name, part in self.components.items() if part is not None)
+        known = ((name, self.known(name)) for name in self.parts)
+        parts = (f"  {name}: {type(part).__name__}" for name, part in known if part is not None)
         return "\n".join([f"{type(self).__name__} on {self.device}, {placement.dtype_name(self.dtype)}", *parts])
 
     # -- where they are

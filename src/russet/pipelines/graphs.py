@@ -55,6 +55,9 @@ class Graphs:
         self._pool: Any = None
         self._lock = threading.Lock()  # a recording's places in memory serve one call at a time
 
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return Graphs()  # a copied pipeline has other weights
+
     def run(self, name: Hashable, call: Call, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """``call(*inputs)``, replayed where it was recorded. ``name`` tells calls apart that read other weights.
 
