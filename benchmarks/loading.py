@@ -3,11 +3,13 @@
     python benchmarks/loading.py [--rounds 3] [--folder /somewhere/with/room]
 
 The folder has random weights in half precision (2.1 GB) and is made in a temporary place, or kept in --folder; it is
-loaded as a plain folder, and as huggingface_hub keeps it in its cache. Every load runs in a process of its own, with
-the libraries imported and the files in the page cache; contestants take turns, so that whatever else the machine does
-meets them alike. "Touched" is the time until every page of every weight has been looked at once: weights that are
-mapped from a file count as loaded before they are in memory. Peak memory is what the process grew by until then, as the
-kernel counts it (VmHWM); for mapped weights that includes the page cache's own pages, which are not a copy.
+loaded as a plain folder, as huggingface_hub keeps it in its cache, and as one file. Every load runs in a process of its
+own, with the libraries imported and the files in the page cache; contestants take turns, so that whatever else the
+machine does meets them alike. "Opened" is the time until from_pretrained or from_single_file returns, "touched" until
+every page of every weight has been looked at once: weights that are mapped from a file, or that wait for their first
+use, count as loaded before they are in memory. Processor seconds are the process's own until then, and the ratio to the
+plain read is theirs. Peak memory is what the process grew by until then, as the kernel counts it (VmHWM); for mapped
+weights that includes the page cache's own pages, which are not a copy.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -47,9 +50,10 @@ def make_folder(folder: Path) -> None:
     @dataclasses.dataclass
     class Random:
         shape: tuple[int, ...]
+        torch_dtype = torch.float16
 
-        def read(self) -> torch.Tensor:
-            return torch.empty(self.shape, dtype=torch.float16).uniform_(-1, 1)
+        def read(self, *, brief: bool = False) -> torch.Tensor:
+            return torch.empty(self.shape, dtype=self.torch_dtype).uniform_(-1, 1)
 
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 512}
@@ -80,44 +84,64 @@ def as_cached(folder: Path) -> Path:
     return snapshot
 
 
-# -- the contestants; each is prepared first, timed then, and gives its components
+def as_one_file(folder: Path) -> Path:
+    """The same weights in one file."""
+    path = folder.with_name(folder.name + ".safetensors")
+    if not path.exists():
+        from russet import StableDiffusionPipeline
+
+        StableDiffusionPipeline.from_pretrained(folder, torch_dtype="float16").save_single_file(path)
+    return path
 
 
-def plain_read(folder: Path) -> Callable[[], dict[str, Any]]:
+# -- the contestants; each is prepared first, timed then, and gives a pipeline
+
+
+def plain_read(folder: Path) -> Callable[[], Any]:
     """Every weight file into fresh memory of its size, as ``open(path, "rb").read()`` does."""
     import torch  # noqa: F401
 
     return lambda: {str(path): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def russet(folder: Path, dtype: str) -> Callable[[], dict[str, Any]]:
-    import russet.models.clip_text
-    import russet.models.unet
-    import russet.models.vae
+def russet(folder: Path, dtype: str, *, single: bool = False) -> Callable[[], Any]:
+    import psutil  # noqa: F401
+
+    import russet.checkpoints.single_file
     import russet.schedulers.named
     import russet.tokenizer  # noqa: F401
-    from russet.checkpoints import load
+    from russet import StableDiffusionPipeline
 
-    return lambda: dict(load.pipeline(folder, dtype=load.read_dtype(dtype=dtype)).components)
+    logging.disable(logging.WARNING)
+    if single:
+        path = as_one_file(folder)
+        return lambda: StableDiffusionPipeline.from_single_file(path, config=folder, torch_dtype=dtype)
+    return lambda: StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
 
 
-def diffusers(folder: Path, dtype: str) -> Callable[[], dict[str, Any]]:
+def diffusers(folder: Path, dtype: str, *, single: bool = False) -> Callable[[], Any]:
     import diffusers
     import torch
     import transformers
 
+    diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline = diffusers.StableDiffusionPipeline
-    return lambda: dict(pipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).components)
+    pipeline, precision = diffusers.StableDiffusionPipeline, getattr(torch, dtype)
+    if single:
+        path, options = str(as_one_file(folder)), {"config": str(folder), "local_files_only": True}
+        return lambda: pipeline.from_single_file(path, torch_dtype=precision, **options)
+    return lambda: pipeline.from_pretrained(folder, torch_dtype=precision)
 
 
-CONTESTANTS: dict[str, Callable[[Path], Callable[[], dict[str, Any]]]] = {
+CONTESTANTS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     PLAIN: plain_read,
     "Russet, as stored (float16)": lambda folder: russet(folder, "float16"),
     "Diffusers, as stored (float16)": lambda folder: diffusers(folder, "float16"),
     "Russet, as stored, from the Hub's cache": lambda folder: russet(as_cached(folder), "float16"),
     "Diffusers, as stored, from the Hub's cache": lambda folder: diffusers(as_cached(folder), "float16"),
+    "Russet, as stored, from one file": lambda folder: russet(folder, "float16", single=True),
+    "Diffusers, as stored, from one file": lambda folder: diffusers(folder, "float16", single=True),
     "Russet, to float32": lambda folder: russet(folder, "float32"),
     "Diffusers, to float32": lambda folder: diffusers(folder, "float32"),
 }
@@ -134,19 +158,20 @@ def measure_here(name: str, folder: Path) -> dict[str, float]:
     load = CONTESTANTS[name](folder)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
-    start = time.perf_counter()
-    components = load()
-    loaded = time.perf_counter() - start
-    touch(components)
-    seconds = time.perf_counter() - start
-    return {"loaded": loaded, "seconds": seconds, "peak": status("VmHWM") - before}
+    start, begun = time.perf_counter(), time.process_time()
+    made = load()
+    opened = time.perf_counter() - start
+    if name != PLAIN:
+        touch(made)
+    seconds, processor = time.perf_counter() - start, time.process_time() - begun
+    return {"opened": opened, "seconds": seconds, "processor": processor, "peak": status("VmHWM") - before}
 
 
-def touch(components: dict[str, Any]) -> None:
+def touch(pipe: Any) -> None:
     """Looks at one byte of every page of every weight."""
     import torch
 
-    for part in components.values():
+    for part in pipe.components.values():
         for value in part.state_dict().values() if isinstance(part, torch.nn.Module) else ():
             if value.numel():
                 value.reshape(-1).view(torch.uint8)[::4096].max()
@@ -156,7 +181,7 @@ def measure(folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     for _ in range(rounds):
         for name, found in results.items():
-            for path in folder.rglob("*.safetensors"):
+            for path in [*folder.rglob("*.safetensors"), as_one_file(folder)]:
                 with open(path, "rb", buffering=0) as file:  # into the page cache
                     while file.read(1 << 24):
                         pass
@@ -168,20 +193,26 @@ def measure(folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
 
 def table(results: dict[str, list[dict[str, float]]], size: int) -> str:
     """Medians, spreads, and ratios to the plain read and to the weights, in Markdown."""
-    base = statistics.median(result["seconds"] for result in results[PLAIN])
+    base = statistics.median(result["processor"] for result in results[PLAIN])
     rows = [
-        "| load | loaded s | touched s (min–max) | × plain read | peak GB | × weights |",
-        "|---|---|---|---|---|---|",
+        "| load | opened s | touched s (min–max) | processor s (min–max) | × plain read | peak GB | × weights |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
-        loaded, seconds, peaks = ([result[key] for result in found] for key in ("loaded", "seconds", "peak"))
-        middle, peak = statistics.median(seconds), statistics.median(peaks)
+        opened, seconds, processor, peaks = (
+            [result[key] for result in found] for key in ("opened", "seconds", "processor", "peak")
+        )
+        peak = statistics.median(peaks)
         weights = 2 * size if name.endswith("float32") else size
         rows.append(
-            f"| {name} | {statistics.median(loaded):.2f} | {middle:.2f} ({min(seconds):.2f}–{max(seconds):.2f}) "
-            f"| {middle / base:.2f} | {peak / 1e9:.2f} | {peak / weights:.2f} |"
+            f"| {name} | {statistics.median(opened):.2f} | {spread(seconds)} | {spread(processor)} "
+            f"| {statistics.median(processor) / base:.2f} | {peak / 1e9:.2f} | {peak / weights:.2f} |"
         )
     return "\n".join(rows)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -122,12 +123,27 @@ def test_tied_weights_stay_tied_whichever_name_they_come_under(names: list[str],
     assert torch.equal(model.first.weight, torch.eye(3))
 
 
+@dataclasses.dataclass
+class Described:
+    """A tensor that is not there to be read."""
+
+    shape: tuple[int, ...]
+    torch_dtype: torch.dtype
+
+    def read(self, *, brief: bool = False) -> torch.Tensor:
+        raise AssertionError("nothing was to be read")
+
+
+def described(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> dict[str, Described]:
+    return {name: Described(shape, dtype) for name, shape in shapes.items()}
+
+
 def test_a_mismatch_lists_what_is_missing_unexpected_and_wrongly_shaped(tiny_state: dict[str, torch.Tensor]) -> None:
     shapes = {name: tuple(value.shape) for name, value in tiny_state.items()}
     del shapes["norm.bias"]
     shapes |= {"other.weight": (1,), "linear.weight": (4, 4)}
     with pytest.raises(KeyMismatch) as caught:
-        check(build(Tiny, None), shapes, "unet/x.safetensors")
+        check(build(Tiny, None), described(shapes), "unet/x.safetensors")
     text = str(caught.value)
     assert "1 missing: norm.bias" in text
     assert "1 unexpected: other.weight" in text
@@ -137,18 +153,12 @@ def test_a_mismatch_lists_what_is_missing_unexpected_and_wrongly_shaped(tiny_sta
 
 def test_a_long_mismatch_is_cut_and_counted() -> None:
     with pytest.raises(KeyMismatch, match=r"30 unexpected: x0, .*x9, … \(20 more\)"):
-        check(build(Tiny, None), {f"x{number}": (1,) for number in range(30)}, "here")
+        check(build(Tiny, None), described({f"x{number}": (1,) for number in range(30)}), "here")
 
 
 def test_nothing_is_read_where_names_do_not_match(tiny_state: dict[str, torch.Tensor]) -> None:
-    class Unread:
-        shape = (1,)
-
-        def read(self) -> torch.Tensor:
-            raise AssertionError("read before the names were compared")
-
     with pytest.raises(KeyMismatch):
-        fill(build(Tiny, None), {name: Unread() for name in tiny_state}, "here")
+        fill(build(Tiny, None), described(dict.fromkeys(tiny_state, (1,))), "here")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -199,18 +209,9 @@ def test_float8_that_is_not_a_number_is_found_too(dtype: str) -> None:
 
 
 def test_types_are_compared_before_anything_is_read(tiny_state: dict[str, torch.Tensor]) -> None:
-    class Whole:
-        shape = (4, 3)
-        torch_dtype = torch.int8
-
-        def read(self, *, brief: bool = False) -> torch.Tensor:
-            raise AssertionError("read")
-
-    sources: Any = {name: Whole() for name in tiny_state}
-    for name, value in tiny_state.items():
-        sources[name].shape = tuple(value.shape)
+    shapes = {name: tuple(value.shape) for name, value in tiny_state.items()}
     with pytest.raises(CorruptFile, match="quantised"):
-        fill(build(Tiny, None), sources, "here")
+        fill(build(Tiny, None), described(shapes, torch.int8), "here")
 
 
 def test_quantised_weights_are_refused(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:

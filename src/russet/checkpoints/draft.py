@@ -62,8 +62,7 @@ class Draft:
             raise ConfigError(f"{where}: {error}") from error
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         sources = old_keys.renewed(weights.tensors, wanted)
-        fill.check(model, {name: source.shape for name, source in sources.items()}, weights.where)
-        fill.check_types(model, sources, weights.where)
+        fill.check(model, sources, weights.where)
         return cls(model, str(place), choice, sources)
 
     def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:

@@ -25,14 +25,19 @@ from russet.errors import ConfigError, CorruptFile, KeyMismatch, RussetError
 log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
+S = TypeVar("S")
 T = TypeVar("T")
+
+# For each name in a state dict its tensor, and everywhere that this tensor is used.
+Places = dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str]]]]
 
 # Integers of as many bytes as a floating-point number has.
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
 
 SHOWN = 10  # names listed of each kind of mismatch
 READERS = 2  # threads: reading, converting and checking let go of the interpreter's lock
-AHEAD = READERS  # tensors that wait, converted, to be put in place
+AHEAD = READERS  # batches of tensors that wait, converted, to be put in place
+BATCH = 1 << 20  # elements of a batch, at least, where more than one tensor is in it
 BLOCK = 1 << 17  # elements that are looked at together, so that the second look finds them in the processor's cache
 
 
@@ -104,9 +109,9 @@ def fill(
         KeyMismatch: names are missing or left over, or shapes differ; nothing was read then.
         CorruptFile: a file cannot be read, or stores whole numbers where the model has floating-point ones.
     """
-    check(model, {name: source.shape for name, source in sources.items()}, where)
-    check_types(model, sources, where)
     places, device = _places(model), torch.device(device)
+    _check_names(model, places, {name: source.shape for name, source in sources.items()}, where)
+    _check_types(places, sources, where)
 
     def ready(name: str) -> tuple[str, torch.Tensor, bool]:
         source, kind = sources[name], places[name][0].dtype
@@ -116,21 +121,36 @@ def fill(
         return name, value.contiguous(memory_format=memory_format) if value.dim() == 4 else value, sound
 
     broken = []
-    for name, value, sound in _in_threads(ready, sources):
-        _assign(places[name][1], value.to(device))  # by this thread alone: not every device takes several at a time
-        if not sound:
-            broken.append(name)
+    for batch in _in_threads(lambda names: [ready(name) for name in names], _batches(sources)):
+        for name, value, sound in batch:
+            _assign(places[name][1], value.to(device))  # by this thread alone: not all devices take several at a time
+            if not sound:
+                broken.append(name)
     if broken:
         log.warning("%s: NaN or Inf in %s; pictures will be black or broken", where, _listed(broken))
 
 
-def _in_threads(work: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+def _batches(sources: Mapping[str, Source]) -> Iterator[list[str]]:
+    """Names in order, as many together as are worth being handed to a thread."""
+    batch: list[str] = []
+    size = 0
+    for name, source in sources.items():
+        batch.append(name)
+        size += math.prod(source.shape)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _in_threads(work: Callable[[S], T], tasks: Iterable[S]) -> Iterator[T]:
     """The results of ``work`` in order, by threads that are only a few results ahead."""
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="russet-load")
     waiting: collections.deque[Future[T]] = collections.deque()
     try:
-        for name in names:
-            waiting.append(pool.submit(work, name))
+        for task in tasks:
+            waiting.append(pool.submit(work, task))
             if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:
@@ -139,13 +159,20 @@ def _in_threads(work: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
         pool.shutdown(cancel_futures=True)
 
 
-def check(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compares names and shapes with what ``model`` needs.
+def check(model: nn.Module, sources: Mapping[str, Source], where: str) -> None:
+    """Compares names, shapes and types with what ``model`` needs; nothing is read.
 
     Raises:
         KeyMismatch: listing what is missing, unexpected and wrongly shaped.
+        CorruptFile: whole numbers where the model has floating-point ones or the other way round, or a type that the
+            installed torch does not have.
     """
     places = _places(model)
+    _check_names(model, places, {name: source.shape for name, source in sources.items()}, where)
+    _check_types(places, sources, where)
+
+
+def _check_names(model: nn.Module, places: Places, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     given = {id(places[name][0]) for name in shapes if name in places}
     missing = [name for name, (target, _) in places.items() if id(target) not in given]
     unexpected = [name for name in shapes if name not in places]
@@ -162,16 +189,9 @@ def check(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], where: str) -
         )
 
 
-def check_types(model: nn.Module, sources: Mapping[str, Source], where: str) -> None:
-    """Compares the types in which tensors are stored with what ``model`` needs.
-
-    Raises:
-        CorruptFile: whole numbers where the model has floating-point ones or the other way round, or a type that the
-            installed torch does not have.
-    """
-    kinds = {name: target.dtype for name, target in model.state_dict(keep_vars=True).items()}
+def _check_types(places: Places, sources: Mapping[str, Source], where: str) -> None:
     for name, source in sources.items():
-        if source.torch_dtype.is_floating_point != kinds[name].is_floating_point:
+        if source.torch_dtype.is_floating_point != places[name][0].is_floating_point():
             raise CorruptFile(f"{where}: {name} is stored as {source.torch_dtype}; quantised weights are not supported")
 
 
@@ -193,7 +213,7 @@ def is_finite(value: torch.Tensor) -> bool:
     return all(block.max() < infinity and block.view(unsigned).max() < sign + infinity for block in blocks)
 
 
-def _places(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str]]]]:
+def _places(model: nn.Module) -> Places:
     """For each name in the state dict its tensor and everywhere that this tensor is used (tied weights: several)."""
     targets = model.state_dict(keep_vars=True)
     users: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -40,8 +40,7 @@ def draft(part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = Fals
         model = fill.build(target, parsed, limit=2 * len(weights.tensors) + SPARE_TENSORS)  # q, k, v
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         sources = find_tensors(part, weights, shapes, parsed, averaged=averaged)
-        fill.check(model, {name: source.shape for name, source in sources.items()}, where)
-        fill.check_types(model, sources, where)
+        fill.check(model, sources, where)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}. {OTHER_CONFIGS}") from None
     except KeyMismatch as error:

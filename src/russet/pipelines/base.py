@@ -174,8 +174,9 @@ class DiffusionPipeline(SingleFiles, Switches):
         with contextlib.suppress(DoesNotFit):  # too large to draw on the CPU is no reason not to load
             plan = pipe.plan()
         for name, network in pipe._networks().items():
-            if network in loaded.drafts:  # in the precision that the weights will have
-                network.to(placement.dtype_named(plan.dtype(name)) if plan else dtype or torch.float32)
+            wanted = placement.dtype_named(plan.dtype(name)) if plan else dtype or torch.float32
+            if network in loaded.drafts and next(network.parameters()).dtype != wanted:
+                network.to(wanted)  # so that it says in which precision its weights will be
         pipe._waiting = True
         assert isinstance(pipe, cls)
         return pipe
@@ -316,7 +317,7 @@ class DiffusionPipeline(SingleFiles, Switches):
     def _weights_there(self) -> int:
         """Bytes of weights that are on the pipeline's device now."""
         device = self._device.type
-        weights = (weight for network in self.networks.values() for weight in network.parameters())
+        weights = (weight for network in self._networks().values() for weight in network.parameters())
         return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == device)
 
     def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -20,7 +20,9 @@ from russet.pipelines.deep_cache import DeepCache
 class Switches:
     """What a pipeline can be told by hand about attention, the VAE, step caching and progress."""
 
-    unet: Any
+    if TYPE_CHECKING:  # what the pipeline brings
+
+        def known(self, name: str) -> Any: ...
 
     def __init__(self) -> None:
         self._choices = Request()
@@ -82,7 +84,7 @@ class Switches:
         Raises:
             InputError: an interval below 1, a branch that the UNet does not have, a start outside of 0..1.
         """
-        most = self.unet.deep_branches - 1
+        most = self.known("unet").deep_branches - 1
         self.deep_cache = DeepCache(
             arguments.integer("interval", interval, least=1),
             arguments.integer("branch", branch, least=0, most=most),
