@@ -35,12 +35,21 @@ class Case:
 # -- kinds of cases
 
 
+def drawn(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer, where there is a picture. A contestant that cannot draw what all are asked for leaves the run."""
+    if "failed" in answer:
+        raise Lost(answer["failed"])
+    return answer
+
+
 def rates(run: Run) -> None:
     """What the machine itself reaches, and what a picture takes at the least by that."""
     matrix, copy = (512, 1 << 20) if run.tiny else (8192, 1 << 32) if run.device == "cuda" else (2048, 1 << 28)
-    worker = run.anyone()
-    run.results.add("rates", "machine", **worker.ask("rates", 60, matrix=matrix, copy=copy))
-    run.results.add("operations", run.geometry, **worker.ask("operations", 120, side=run.side))
+    with run.part("rates", "machine"):
+        worker = run.anyone()
+        run.results.add("rates", "machine", **worker.ask("rates", 60, matrix=matrix, copy=copy))
+        run.results.add("operations", run.geometry, **worker.ask("operations", 120, side=run.side))
+        worker.close()
 
 
 def load_and_first(run: Run, *, contestant: str, cached: bool = False) -> None:
@@ -54,7 +63,7 @@ def load_and_first(run: Run, *, contestant: str, cached: bool = False) -> None:
     with run.part(case, contestant):
         worker = run.fresh(contestant) if cached else run.worker(contestant, load=False)
         loaded = worker.ask("load", run.patience)["seconds"]
-        first = worker.ask("picture", run.patience, batch=1, side=run.side, steps=run.steps)
+        first = drawn(worker.ask("picture", run.patience, batch=1, side=run.side, steps=run.steps))
         plan = worker.ask("plan", 60, batch=1, side=run.side)
         run.results.add(case, contestant, load=loaded, **first, **plan)
         if cached:
@@ -67,12 +76,13 @@ def pictures(run: Run, *, contestants: tuple[str, ...], batch: int, rounds: int,
     size = {"batch": batch, "side": run.side, "steps": run.steps}
     for contestant in here if batch > 1 else ():
         with run.part(case, contestant):  # the first call of a shape chooses algorithms and captures graphs
-            warm = run.worker(contestant).ask("picture", run.patience, **size)
+            warm = drawn(run.worker(contestant).ask("picture", run.patience, **size))
             run.results.add(f"{case}, first", contestant, **warm)
     for _ in range(rounds):
-        for contestant in here:
+        for contestant in run.wanted(here):
             with run.part(case, contestant):
-                run.results.add(case, contestant, **run.worker(contestant).ask("picture", run.patience, **size))
+                answer = drawn(run.worker(contestant).ask("picture", run.patience, **size))
+                run.results.add(case, contestant, **answer)
 
 
 def single_steps(run: Run, *, contestants: tuple[str, ...], rounds: int) -> None:
@@ -165,8 +175,8 @@ def growth(run: Run, *, contestants: tuple[str, ...], of: str, at: tuple[int, ..
                 worker = run.worker(contestant)
                 answer = worker.ask("picture", run.patience, **size, steps=few)
                 if "failed" not in answer:
-                    short = worker.ask("picture", run.patience, **size, steps=few)
-                    answer = worker.ask("picture", run.patience, **size, steps=many)
+                    short = drawn(worker.ask("picture", run.patience, **size, steps=few))
+                    answer = drawn(worker.ask("picture", run.patience, **size, steps=many))
                     answer["step"] = (answer["seconds"] - short["seconds"]) / (many - few)
                 run.results.add(case, contestant, **size, steps=many, **answer)
                 worker.ask("rest", 60)
@@ -179,7 +189,7 @@ def fresh_picture(run: Run, *, contestants: tuple[str, ...], rounds: int, steps:
             with run.part("fresh picture", contestant):
                 worker = run.fresh(contestant)
                 loaded = worker.ask("load", run.patience)["seconds"]
-                answer = worker.ask("picture", run.patience, batch=1, side=run.side, steps=steps)
+                answer = drawn(worker.ask("picture", run.patience, batch=1, side=run.side, steps=steps))
                 run.results.add("fresh picture", contestant, load=loaded, steps=steps, **answer)
                 worker.close()
 

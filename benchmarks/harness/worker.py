@@ -118,8 +118,8 @@ class Worker:
             with torch.no_grad():
                 result = call()
             self.wait()
-        except Exception as error:
-            if not isinstance(error, torch.OutOfMemoryError) and type(error).__name__ != "DoesNotFit":
+        except Exception as error:  # torch's for too little memory and too many numbers are RuntimeErrors, ours is not
+            if not isinstance(error, RuntimeError) and type(error).__name__ != "DoesNotFit":
                 raise
             self.rest()
             return {"failed": f"{type(error).__name__}: {error}"[:200]}, None
