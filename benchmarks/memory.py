@@ -3,12 +3,13 @@
     python benchmarks/memory.py [--sizes 512x512 1024x1024 …] [--images 1 4 16] [--dtypes float16 float32]
                                 [--offload] [--where] [--json FILE]
 
-Measured is what torch's allocator has given out (``torch.cuda.max_memory_allocated``), phase by phase: text, denoising
-(one step), decoding. Predicted is what the plan of that very call says. The last line says how many peaks are within a
-tenth. Of float32 the largest batches are left out, since micro-batches make them the same as smaller ones and they take
-minutes; the table says so. ``--offload`` measures model and sequential offload as well.
+Measured is what torch's allocator has given out (``torch.cuda.max_memory_allocated``), phase by phase: text, denoising,
+decoding. The last column is what it reserved for that. One step is made, and three where the UNet's calls are recorded
+as graphs. Predicted is what the plan of that very call says; the last line says how many peaks are within a tenth. Of
+float32 the largest batches are left out, since micro-batches make them the same as smaller ones and they take minutes;
+the table says so. ``--offload`` measures model and sequential offload as well.
 
-``--where`` lists for each phase the moments that were the widest, and what layers took beside their inputs and outputs.
+``--where`` lists for each network the stretches that were the widest; the phases' peaks are not measured then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import russet
 from russet.devices import published
@@ -33,9 +33,8 @@ WITHIN = 0.1
 PHASES = ("text", "denoise", "decode")
 SIZES = ("256x256", "512x512", "768x768", "1024x1024", "1536x1536", "2048x2048", "512x2048")
 MOST_FLOAT32 = 8 * 1024 * 1024  # pixels of all images together
-HEADER = f"""\
-| precision | picture | images | in the UNet | decoded | offload |{"".join(f" {name} |" for name in PHASES)} peak |
-|---|---|---|---|---|---|{"---|" * len(PHASES)}---|"""
+COLUMNS = ("precision", "picture", "images", "in the UNet", "decoded", "offload", *PHASES, "peak", "reserved")
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 class Watched(russet.StableDiffusionPipeline):
@@ -44,6 +43,7 @@ class Watched(russet.StableDiffusionPipeline):
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
         self.peaks: dict[str, int] = {}
+        self.reserved = 0
 
     def encode(self, *args: Any) -> Any:
         with self.watched("text"):
@@ -62,51 +62,42 @@ class Watched(russet.StableDiffusionPipeline):
         torch.cuda.reset_peak_memory_stats()
         yield
         self.peaks[phase] = torch.cuda.max_memory_allocated()
+        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
 
 
 class Moments:
-    """Looks at memory before and after every layer: which moments are wide, and what a layer takes for itself."""
+    """Looks at memory as each module begins and ends: which stretches between two such moments were the widest.
+
+    A module's ``forward`` is wrapped, and no hook is set: hooks would keep the fused operations from being chosen.
+    """
 
     def __init__(self, pipe: Watched) -> None:
         self.seen: dict[str, list[tuple[int, str]]] = {}
-        self.extra: dict[str, tuple[int, str]] = {}
-        self.before = 0
+        self.inside: list[str] = []
         for owner, network in pipe.networks.items():
-            for name, layer in network.named_modules():
-                if not any(True for _ in layer.children()):
-                    layer.register_forward_pre_hook(self.entering(owner, name))
-                    layer.register_forward_hook(self.leaving(owner, name))
+            for name, module in network.named_modules():
+                module.forward = self.watched(owner, f"{type(module).__name__} {name}", module.forward)
 
-    def entering(self, owner: str, name: str) -> Any:
-        def look(layer: nn.Module, args: Any) -> None:
+    def watched(self, owner: str, name: str, forward: Any) -> Any:
+        def look(*args: Any, **options: Any) -> Any:
             self.note(owner, f"before {name}")
-            self.before = torch.cuda.memory_allocated()
+            self.inside.append(name)
+            output = forward(*args, **options)
+            self.note(owner, f"end of {name}")
+            self.inside.pop()
+            return output
 
         return look
 
-    def leaving(self, owner: str, name: str) -> Any:
-        def look(layer: nn.Module, args: Any, output: Any) -> None:
-            peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-            extra = peak - max(self.before, after)
-            kind = f"{owner} {type(layer).__name__}"
-            if extra > self.extra.get(kind, (-1, ""))[0]:
-                tensors = [x for x in (*args, output) if isinstance(x, torch.Tensor)]
-                shapes = ", ".join(f"{list(x.shape)} strides {list(x.stride())}" for x in tensors)
-                self.extra[kind] = extra, f"{name}: {shapes}"
-            self.note(owner, f"{type(layer).__name__} {name}, extra {mib(extra)}")
-
-        return look
-
-    def note(self, owner: str, where: str) -> None:
+    def note(self, owner: str, until: str) -> None:
+        where = f"{self.inside[-1] if self.inside else owner}, {until}; {mib(torch.cuda.memory_allocated())} then"
         self.seen.setdefault(owner, []).append((torch.cuda.max_memory_allocated(), where))
         torch.cuda.reset_peak_memory_stats()
 
     def report(self) -> Iterator[str]:
         for owner, seen in self.seen.items():
             for peak, where in sorted(seen, reverse=True)[:8]:
-                yield f"    {owner}: {mib(peak)} at {where}"
-        for kind, (extra, where) in sorted(self.extra.items()):
-            yield f"    {kind}: at most {mib(extra)} beside input and output, at {where}"
+                yield f"    {owner}: {mib(peak)} in {where}"
 
 
 def mib(size: int) -> str:
@@ -133,13 +124,16 @@ def pipeline(dtype: torch.dtype) -> Watched:
 def drawn(pipe: Watched, width: int, height: int, images: int) -> Plan:
     """One call, from an empty cache; its plan. ``pipe.peaks`` has what it took."""
     torch.cuda.synchronize()
+    pipe.graphs.clear()
     torch.cuda.empty_cache()
+    pipe.reserved = 0
+    recorded = pipe.plan(height=height, width=width, num_images=images)["graphs"]
     output = pipe(
         "a photo of an astronaut riding a horse on mars",
         height=height,
         width=width,
         num_images_per_prompt=images,
-        num_inference_steps=1,
+        num_inference_steps=3 if recorded else 1,
         output_type="pt",
         seed=0,
     )
@@ -149,7 +143,7 @@ def drawn(pipe: Watched, width: int, height: int, images: int) -> Plan:
     return output.plan
 
 
-def compared(dtype: str, size: str, plan: Plan, peaks: dict[str, int]) -> dict[str, Any]:
+def compared(dtype: str, size: str, plan: Plan, pipe: Watched) -> dict[str, Any]:
     """One row as data: predicted and measured bytes by phase, and of the whole call."""
     predicted = {phase.name: phase.peak for phase in plan.estimate.phases}
     activations = {phase.name: phase.activations for phase in plan.estimate.phases}
@@ -162,7 +156,9 @@ def compared(dtype: str, size: str, plan: Plan, peaks: dict[str, int]) -> dict[s
         "offload": plan.offload,
         "predicted": {**predicted, "peak": plan.peak},
         "activations": activations,
-        "measured": {**peaks, "peak": max(peaks.values())},
+        "graphs": plan["graphs"],
+        "measured": {**pipe.peaks, "peak": max(pipe.peaks.values())},
+        "reserved": pipe.reserved,
     }
 
 
@@ -173,7 +169,7 @@ def line(row: dict[str, Any]) -> str:
     for phase in (*PHASES, "peak"):
         predicted, measured = row["predicted"][phase], row["measured"][phase]
         cells.append(f"{predicted / 1e9:.3f} / {measured / 1e9:.3f} = {predicted / measured:.3f}")
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} | {row['reserved'] / 1e9:.3f} |"
 
 
 def works(sizes: list[str], images: list[int], dtype: str) -> Iterator[tuple[str, int, int, int]]:
@@ -182,7 +178,7 @@ def works(sizes: list[str], images: list[int], dtype: str) -> Iterator[tuple[str
         width, height = map(int, size.split("x"))
         for count in images:
             if dtype == "float32" and width * height * count > MOST_FLOAT32:
-                print(f"| {dtype} | {size} | {count} | left out |" + " |" * 6, flush=True)
+                print(f"| {dtype} | {size} | {count} | left out |" + " |" * (len(COLUMNS) - 4), flush=True)
                 continue
             yield size, width, height, count
 
@@ -198,13 +194,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 getattr(pipe, f"enable_{mode}_cpu_offload")(device="cuda")
             for size, width, height, count in works(options.sizes, options.images, dtype):
                 if moments:
-                    moments.seen, moments.extra = {}, {}
+                    moments.seen = {}
                 try:
                     plan = drawn(pipe, width, height, count)
                 except DoesNotFit as error:
-                    print(f"| {dtype} | {size} | {count} | {error} |" + " |" * 6, flush=True)
+                    print(f"| {dtype} | {size} | {count} | {error} |" + " |" * (len(COLUMNS) - 4), flush=True)
                     continue
-                rows.append(compared(dtype, size, plan, pipe.peaks))
+                rows.append(compared(dtype, size, plan, pipe))
                 print(line(rows[-1]), flush=True)
                 if moments:
                     print("\n".join(moments.report()), flush=True)
@@ -239,7 +235,7 @@ def main() -> None:
     options = arguments()
     if not torch.cuda.is_available():
         sys.exit("this needs a CUDA device; for a Mac without one there is benchmarks/mps_counts.py")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, one step; GB predicted / measured = ratio\n")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, GB predicted / measured = ratio\n")
     print(HEADER, flush=True)
     rows = measure(options)
     if options.json:
