@@ -17,6 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+if not os.path.exists("/dev/nvidia0"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is first imported
+
 absent.stand_in()  # before any test module is imported
 pytest_runtest_setup = absent.skip_without_half
 

@@ -22,12 +22,26 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Elementwise(Protocol):
-    """The steps. A tensor named ``h`` is the caller's own and may be overwritten; a tensor named ``x`` is kept."""
+    """The steps. A tensor named ``h`` is the caller's own and may be overwritten; a tensor named ``x`` is kept.
+
+    ``reuses``: whether ``normed`` puts its result in place of a spare x.
+    """
+
+    reuses: bool
 
     def normed(
-        self, x: Tensor, norm: nn.GroupNorm, act: Activation | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        act: Activation | None = None,
+        shift: Tensor | None = None,
+        *,
+        spare: bool = False,
     ) -> Tensor:
-        """``act(norm(x + shift))`` of a map [B, C, h, w]; ``shift`` [1 or B, C] is what ``convolved`` left to add."""
+        """``act(norm(x + shift))`` of a map [B, C, h, w]; ``shift`` [1 or B, C] is what ``convolved`` left to add.
+
+        Nothing needs a ``spare`` x any more: the result may take its memory.
+        """
         ...
 
     def convolved(
@@ -59,8 +73,16 @@ class Elementwise(Protocol):
 class Plain:
     """The steps as PyTorch has them."""
 
+    reuses = False
+
     def normed(
-        self, x: Tensor, norm: nn.GroupNorm, act: Activation | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        act: Activation | None = None,
+        shift: Tensor | None = None,
+        *,
+        spare: bool = False,
     ) -> Tensor:
         assert shift is None, "nothing is left to add"
         y: Tensor = norm(x)

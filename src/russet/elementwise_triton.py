@@ -20,10 +20,11 @@ from torch.nn import functional as F
 
 from russet.elementwise import PLAIN, Activation, hooked
 
-WHOLE, FEW_WHOLE, FEW = 256, 1024, 132
-"""Positions up to which one program normalises a whole group, in two readings that the cache serves, and up to which it
-does if there are few programs. Otherwise three kernels share the work: 12 instead of 26 µs for two maps of 320×64×64,
-103 instead of 215 for thirty-two (H200, float16).
+WHOLE = 256
+"""Positions up to which one program normalises a whole group, in two readings that the cache serves.
+
+Beyond, three kernels share the work: 12 instead of 26 µs for two maps of 320×64×64, 103 instead of 215 for thirty-two
+(H200, float16).
 """
 
 ROWS, COLUMNS = 32, 128
@@ -36,18 +37,26 @@ log = logging.getLogger(__name__)
 class Fused:
     """The steps in as few passes over the memory as they can be. One object serves all networks."""
 
+    reuses = True
+
     def __init__(self, silu: Activation) -> None:
         self._silu = silu  # the one activation that the kernels know
         self._prepared: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
         self._failed = False
 
     def normed(
-        self, x: Tensor, norm: nn.GroupNorm, act: Activation | None = None, shift: Tensor | None = None
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        act: Activation | None = None,
+        shift: Tensor | None = None,
+        *,
+        spare: bool = False,
     ) -> Tensor:
         known = act in (None, self._silu) and type(norm) is nn.GroupNorm and not hooked(norm)
         if not known or not takes(x) or self._plain():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
-        return group_norm(x, norm, act is not None, shift)
+        return group_norm(x, norm, act is not None, shift, spare)
 
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
@@ -126,11 +135,11 @@ def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
 # layer is an argument: where a constant would save a few operations, memory is what these kernels wait for.
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
-    """Group normalisation (arXiv:1803.08494) of ``x + shift`` [B, C, h, w], then SiLU if wanted."""
+def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, spare: bool = False) -> Tensor:
+    """Group normalisation (arXiv:1803.08494) of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare."""
     batch, channels, height, width = x.shape
     area, size = height * width, channels // norm.num_groups
-    out = torch.empty_like(x)
+    out = x if spare else torch.empty_like(x)
     shifts = norm.bias if shift is None else shift.contiguous()  # any address will do where none is read
     stride = channels if shift is not None and len(shift) > 1 else 0
     how = (
@@ -145,8 +154,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) 
         0 if shift is None else channels,
         int(silu),
     )
-    programs = batch * norm.num_groups
-    if area <= WHOLE or (area <= FEW_WHOLE and programs <= FEW):
+    if area <= WHOLE:
         wide = max(16, triton.next_power_of_2(size))
         _normalise_group[(norm.num_groups, batch)](x, out, *how, WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8)
         return out

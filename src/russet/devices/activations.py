@@ -201,12 +201,10 @@ def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     walk.held -= x
     for level in reversed(range(len(v.channels))):
         out = walk.map(area, v.channels[level])
-        walk.held += x  # a level's input lives until the level ends
-        walk.resnet(x, out, held=True)
+        walk.resnet(x, out)
         walk.resnet(out, out)
-        walk.held -= x
         if level:
-            walk.moment(x, out, 8 * out)
+            walk.moment(out, 8 * out)
             x, area = 4 * out, 4 * area
     return walk.peak
 
@@ -221,13 +219,11 @@ def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     x = walk.map(area, v.channels[0])
     for level, channels in enumerate(v.channels):
         out = walk.map(area, channels)
-        walk.held += x
-        walk.resnet(x, out, held=True)
+        walk.resnet(x, out)
         if v.layers > 1:
             walk.resnet(out, out)
-        walk.held -= x
         if level < len(v.channels) - 1:
-            walk.moment(x, 2 * out, out // 4)  # padded by a row and a column first
+            walk.moment(2 * out, out // 4)  # padded by a row and a column first
             x, area = out // 4, area // 4
         else:
             x = out

@@ -75,7 +75,7 @@ class UpBlock(nn.Module):
         ``start`` and ``end`` are those of a slice of its residual blocks; one that ends early does not upsample.
         """
         for i, resnet in list(enumerate(self.resnets))[start:end]:
-            x = resnet(cat([x, repeated(skips.pop(), len(x))], dim=1), time)
+            x = resnet(cat([x, repeated(skips.pop(), len(x))], dim=1), time, spare=True)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x, text)
         if end is not None and end < len(self.resnets):

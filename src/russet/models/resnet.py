@@ -66,12 +66,14 @@ class Resnet(Stepping):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x: Tensor, time: Time | None = None) -> Tensor:
-        """From [B, Cin, h, w] and the time to [B, Cout, h, w]."""
+    def forward(self, x: Tensor, time: Time | None = None, *, spare: bool = False) -> Tensor:
+        """From [B, Cin, h, w] and the time to [B, Cout, h, w]. ``spare``: the caller has no more use for ``x``."""
         # What is overwritten below is a convolution's or a norm's own output, which neither needs for its gradient.
         steps = self.steps
         told, whole = (None, False) if time is None else time.shift(self.time_emb_proj)
-        h = steps.normed(x, self.norm1, self.act)
+        spare = spare and steps.reuses and self.conv_shortcut is not None
+        beside = self._beside(x) if spare else None  # early, so that the norm can take the memory of x
+        h = steps.normed(x, self.norm1, self.act, spare=spare)
         if self.scale_shift and told is not None:
             h = steps.normed(convolution(steps, h, self.conv1), self.norm2)
             scale, shift = told[:, :, None, None].chunk(2, dim=1)
@@ -80,8 +82,12 @@ class Resnet(Stepping):
             h, rest = steps.convolved(h, self.conv1, told, whole=whole)
             h = steps.normed(h, self.norm2, self.act, rest)
         h, rest = steps.convolved(h, self.conv2)
-        h = steps.added(h, x if self.conv_shortcut is None else convolution(steps, x, self.conv_shortcut), rest)
+        h = steps.added(h, self._beside(x) if beside is None else beside, rest)
         return h if self.divisor == 1 else h / self.divisor
+
+    def _beside(self, x: Tensor) -> Tensor:
+        """What the result is added to."""
+        return x if self.conv_shortcut is None else convolution(self.steps, x, self.conv_shortcut)
 
 
 class Downsample(Stepping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ class Encoder(Stepping):
 
     def forward(self, x: Tensor) -> Tensor:
         x = convolution(self.steps, x, self.conv_in)
-        for block in self.down_blocks:
-            x = block(x)
+        for layer in layers_of(self.down_blocks):
+            x = layer(x)
         x = self.steps.normed(self.mid_block(x), self.conv_norm_out, silu)
         return convolution(self.steps, x, self.conv_out)
 
@@ -58,9 +59,16 @@ class Decoder(Stepping):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(convolution(self.steps, z, self.conv_in))
-        for block in self.up_blocks:
-            x = block(x)
+        for layer in layers_of(self.up_blocks):
+            x = layer(x, spare=True) if isinstance(layer, Resnet) else layer(x)
         return convolution(self.steps, self.steps.normed(x, self.conv_norm_out, silu), self.conv_out)
+
+
+def layers_of(stages: nn.ModuleList) -> Iterator[nn.Module]:
+    """The layers of all stages, for a loop that lets go of each layer's input: a stage's is large."""
+    for stage in stages:
+        assert isinstance(stage, (DownStage, UpStage))
+        yield from stage.layers
 
 
 class DownStage(nn.Module):
@@ -71,10 +79,9 @@ class DownStage(nn.Module):
         self.resnets = resnets(inputs, outputs, layers, style)
         self.downsamplers = nn.ModuleList([Downsample(outputs, padding=0)] if downsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+    @property
+    def layers(self) -> Iterator[nn.Module]:
+        yield from (*self.resnets, *self.downsamplers)
 
 
 class UpStage(nn.Module):
@@ -85,10 +92,9 @@ class UpStage(nn.Module):
         self.resnets = resnets(inputs, outputs, layers, style)
         self.upsamplers = nn.ModuleList([Upsample(outputs)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    @property
+    def layers(self) -> Iterator[nn.Module]:
+        yield from (*self.resnets, *self.upsamplers)
 
 
 class Middle(nn.Module):
