@@ -181,7 +181,7 @@ def test_a_whole_call_peaks_as_predicted(shared_mini, width, height, images):
 @pytest.mark.skipif(not HAS_SDPA, reason="without fused attention the scores are the peak, which hide the map")
 @pytest.mark.parametrize("branch", [0, 1])
 def test_deep_maps_that_are_kept_count_as_predicted(mini, branch):
-    options = {"width": 128, "height": 128, "num_images_per_prompt": 8, "num_inference_steps": 4}
+    options = {"width": 128, "height": 128, "num_images_per_prompt": 12, "num_inference_steps": 4}
     mini._choose(micro_batch=1)
     peaks, predictions = [], []
     for switch in (mini.disable_deep_cache, lambda: mini.enable_deep_cache(2, branch, start=0)):
@@ -192,7 +192,7 @@ def test_deep_maps_that_are_kept_count_as_predicted(mini, branch):
         predictions.append(output.plan.estimate["denoise"].activations + output.plan.estimate["denoise"].kept)
     more = predictions[1] - predictions[0]
     assert more > 0.05 * peaks[0]
-    assert peaks[1] - peaks[0] == pytest.approx(more, rel=0.15)  # one image's own map is the call's at its peak
+    assert peaks[1] - peaks[0] == pytest.approx(more, rel=0.15)  # the map at work is no addition to its call's peak
 
 
 def test_a_deep_map_has_the_shape_that_the_sizes_tell():
