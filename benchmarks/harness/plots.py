@@ -11,7 +11,7 @@ from .contestants import CONTESTANTS
 from .results import Table
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 74, 16, 40, 56
+LEFT, RIGHT, TOP, BOTTOM = 74, 28, 40, 56
 COLOURS = {"diffusers": "#7a869a", "diffusers-best": "#3f51b5", "russet": "#b7410e", "russet-best": "#d9912b"}
 
 

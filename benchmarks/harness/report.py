@@ -34,12 +34,14 @@ def markdown(table: Table, language: str = "en", plots_at: str | None = None) ->
 def machine(table: Table, say: dict[str, str]) -> str:
     """One paragraph on what it was measured on, and the floor by arithmetic."""
     about = table.about
+    threads = f", {about['threads']} {say['threads']}" if about["device"] == "cpu" else ""
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     if about.get("cuda"):
         cuda, cudnn = about["cuda"].split()
         packages += f", CUDA {cuda}, cuDNN {cudnn}"
     lines = [
-        f"{say['machine']}: {about['name']}, {about['cores']} {say['cores']}, {about['memory'] / 2**30:.0f} GiB RAM; "
+        f"{say['machine']}: {about['name']}, {about['cores']} {say['cores']}{threads}, "
+        f"{about['memory'] / 2**30:.0f} GiB RAM; "
         f"Python {about['python']}, {packages}; {about['when']}."
     ]
     if (rate := next(table.of("rates"), None)) is not None:
@@ -170,7 +172,7 @@ def growing(table: Table, say: dict[str, str], language: str) -> str:
                     cells += [say["failed"], MISSING, MISSING]
                 else:
                     cells += [
-                        number(row.get("step"), 3),
+                        number(row["step"] * 1000 if "step" in row else None, 1),
                         number(row.get("seconds")),
                         gibibytes([row["peak"]] if row else []),
                     ]

@@ -77,6 +77,7 @@ def about(device: str, options: dict[str, Any]) -> dict[str, Any]:
         "name": device_name(device),
         "processor": processor_name(),
         "cores": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

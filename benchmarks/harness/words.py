@@ -8,6 +8,7 @@ WORDS: dict[str, dict[str, str]] = {
     "en": {
         "machine": "Measured on",
         "cores": "cores",
+        "threads": "threads",
         "rates": "The machine itself reaches {flops:.3g} TFLOP/s in a matrix product and {bytes:.3g} TB/s in a copy "
         "(bytes read and written).",
         "floor": "One picture of {steps} steps is {tera:.3g} TFLOP, which at that rate takes {seconds:.3g} s: no way "
@@ -34,7 +35,7 @@ WORDS: dict[str, dict[str, str]] = {
         "fresh picture": "**A whole picture**, in a process of its own:",
         "side": "picture",
         "batch": "pictures",
-        "step": "s a step",
+        "step": "ms a step",
         "whole call": "s a call",
         "growth side": "**Growth with the size** (one picture, calls of {steps} steps):",
         "growth batch": "**Growth with the number of pictures** (calls of {steps} steps):",
@@ -49,6 +50,7 @@ WORDS: dict[str, dict[str, str]] = {
     "ko": {
         "machine": "측정한 기계",
         "cores": "코어",
+        "threads": "스레드",
         "rates": "이 기계 자체의 속도는 행렬 곱 {flops:.3g} TFLOP/s, 복사 {bytes:.3g} TB/s(읽고 쓴 바이트)입니다.",
         "floor": "{steps}스텝 그림 한 장은 {tera:.3g} TFLOP이고, 이 속도로 {seconds:.3g}초가 걸립니다. "
         "모두 계산하는 한 이보다 빠를 수 없습니다.",
@@ -74,7 +76,7 @@ WORDS: dict[str, dict[str, str]] = {
         "fresh picture": "**그림 한 장 전체**, 각자 새 프로세스에서:",
         "side": "그림",
         "batch": "장수",
-        "step": "스텝당 초",
+        "step": "스텝당 ms",
         "whole call": "호출당 초",
         "growth side": "**크기에 따른 증가**(한 장, {steps}스텝 호출):",
         "growth batch": "**장수에 따른 증가**({steps}스텝 호출):",
