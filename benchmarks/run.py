@@ -20,6 +20,8 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "src")]
 
+import torch  # noqa: E402
+
 from harness import cases, report  # noqa: E402
 from harness.contestants import CONTESTANTS  # noqa: E402
 from harness.results import Results, Table, about  # noqa: E402
@@ -51,6 +53,9 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no NVIDIA GPU here: the cases for a CPU are run instead", file=sys.stderr)
+        options.command = options.device = "cpu"
     chosen = [
         case
         for case in cases.LISTS[options.command](tiny=options.tiny)
