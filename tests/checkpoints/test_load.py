@@ -248,6 +248,16 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[RussetError], str]] = {
         ConfigError,
         "more than",
     ),
+    "a config of blocks of a billion layers": (
+        lambda folder: change(folder / "unet/config.json", layers_per_block=10**9),
+        ConfigError,
+        "layers_per_block may be at most",
+    ),
+    "a config of a billion timesteps": (
+        lambda folder: change(folder / "scheduler/scheduler_config.json", num_train_timesteps=10**9),
+        ConfigError,
+        "num_train_timesteps",
+    ),
     "no vocabulary": (remove("tokenizer/[tv]o[kc]*.json"), MissingFile, "tokenizer"),
 }
 
@@ -261,14 +271,15 @@ def truncate(path: Path, share: float) -> None:
 def test_a_fault_is_named_before_any_weight_is_read(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from russet.checkpoints.stored import StoredTensor
 
-    def never(self: StoredTensor) -> torch.Tensor:
+    def never(self: StoredTensor, *, brief: bool = False) -> torch.Tensor:
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(StoredTensor, "read", never)
     spoil, error, hint = FAULTS[what]
     spoil(folder)
-    with pytest.raises(error, match=hint):
-        load.pipeline(folder)
+    for postponed in (True, False):
+        with pytest.raises(error, match=hint):
+            load.pipeline(folder, postponed=postponed)
 
 
 def test_weights_of_another_component_are_refused_with_their_names(folder: Path) -> None:

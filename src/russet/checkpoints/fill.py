@@ -86,7 +86,7 @@ def build(cls: type[Module], config: Any, limit: int | None = None) -> Module:
             model = cls(config)
     except RussetError:
         raise
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{cls.__name__} cannot be built from this config: {error}") from error
     return model.eval()
 

@@ -44,6 +44,9 @@ ONE_OF: dict[str, tuple[Any, ...]] = {
     "mid_block_type": MID_BLOCKS,
     "resnet_time_scale_shift": ("default", "scale_shift"),
 }
+DEPTHS = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+MOST_LAYERS = 1000  # a config is a stranger's text, and every layer is a place in a list before there is a model
+
 POSITIVE = (
     "in_channels",
     "out_channels",
@@ -164,6 +167,9 @@ class UNetConfig(Config):
         for name in POSITIVE:
             good = self[name] is None or all(size > 0 for size in _listed(self[name]))
             self.require(good, f"{name} must be positive, not {self[name]!r}")
+        for name in DEPTHS:
+            deepest = max((depth for entry in _listed(self[name]) for depth in _listed(entry)), default=0)
+            self.require((deepest or 0) <= MOST_LAYERS, f"{name} may be at most {MOST_LAYERS}, not {deepest}")
         self._check_lengths()
         self._check_blocks()
         self._check_embeddings()

@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 
 KEYS: Mapping[str, Key] = {
-    "num_train_timesteps": Key(1000, least=1),
+    "num_train_timesteps": Key(1000, least=1, most=100_000),  # each has a number in several lists
     # the noise that the model was trained with, and what its output means
     "beta_start": Key(0.0001),
     "beta_end": Key(0.02),
