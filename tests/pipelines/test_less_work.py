@@ -13,6 +13,8 @@ import torch
 
 import russet
 from russet.errors import ArgumentTypeError, InputError
+from russet.pipelines.graphs import Graphs
+from russet.pipelines.guidance import Guidance, unet_call
 
 FAST = {"num_inference_steps": 6, "output_type": "latent", "seed": 1}
 INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
@@ -286,6 +288,34 @@ def test_a_cache_that_makes_no_sense_is_refused(given: Any, message: str, tiny: 
     with pytest.raises(InputError, match=message):
         tiny.enable_deep_cache(**given)
     assert tiny.deep_cache is None
+
+
+class Replayed(Graphs):
+    """Hands each call copies of its inputs, as a recording has them, and computes it plainly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[Any] = []
+
+    def run(self, name: Any, call: Any, inputs: Any) -> tuple[torch.Tensor, ...]:
+        self.names.append(name)
+        return call(*[x.clone() for x in inputs])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("read_once", [True, False])
+@pytest.mark.parametrize("told", [None, 24])
+def test_a_recorded_call_is_given_all_that_a_plain_one_is(told: int | None, read_once: bool, tiny: Any) -> None:
+    unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=told).requires_grad_(False)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    graphs = Replayed()
+    plain, recorded = (unet_call(unet, context, Guidance(), read_once=read_once, graphs=one) for one in (None, graphs))
+    assert torch.equal(plain(x, 600.0)[0], recorded(x, 600.0)[0])
+    for branch in range(unet.deep_branches):
+        output, kept = plain(x, 600.0, deep_branch=branch)
+        assert all(map(torch.equal, recorded(x, 600.0, deep_branch=branch), (output, kept)))
+        moved = plain(x + 1, 500.0, deep_branch=branch, deep_map=kept)
+        assert all(map(torch.equal, recorded(x + 1, 500.0, deep_branch=branch, deep_map=kept), moved))
+    assert len(set(graphs.names)) == 1 + 2 * unet.deep_branches, "each kind of call is a recording of its own"
 
 
 # -- how near the embedded model's pictures stay
