@@ -1,7 +1,8 @@
 """Pictures that stay finite: what to do when half precision has overflowed.
 
 A number that is not finite stays so through every later step, so it is enough to look now and then: each look waits
-for the device. The work then goes on from the last latents that were good, in more precise arithmetic.
+for the device, or on CUDA for where the device was some steps ago. The work then goes on from the last latents that
+were good, in more precise arithmetic.
 """
 
 from __future__ import annotations
@@ -31,6 +32,49 @@ class Good:
     step: int
     latents: Tensor
     noise: list[Tensor]
+
+
+class Look:
+    """A look for values that are not finite. On CUDA it is read ``later``, and the work goes on meanwhile."""
+
+    def __init__(self, place: Good) -> None:
+        self.place = place
+        self._flag = torch.isfinite(place.latents).all()
+        self.later = self._flag.is_cuda
+        if self.later:
+            there = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._flag = there.copy_(self._flag, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def finite(self) -> bool:
+        """Whether all values were; waits until the device is that far."""
+        if self.later:
+            self._done.synchronize()
+        return bool(self._flag)
+
+
+class Watch:
+    """The last good place of a run, and the look that is under way."""
+
+    def __init__(self, good: Good) -> None:
+        self.good = good
+        self._look: Look | None = None
+
+    def see(self, place: Good) -> bool:
+        """Looks at a place; False once a look has found a value that is not finite."""
+        if not self.settled():
+            return False
+        self._look = Look(place)
+        return self._look.later or self.settled()
+
+    def settled(self) -> bool:
+        """Reads the look that is under way; whether all was well."""
+        if self._look is not None:
+            if not self._look.finite():
+                return False
+            self.good, self._look = self._look.place, None
+        return True
 
 
 @dataclass(frozen=True)

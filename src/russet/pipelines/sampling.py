@@ -78,7 +78,7 @@ class Sampling:
         self, schedule: Schedule, run: Run, good: rescue.Good, noise: NoiseSource, bar: Any
     ) -> tuple[rescue.Good, bool]:
         """Goes on until the end or a value that is not finite; returns the last good place and whether all is well."""
-        done = len(schedule.timesteps) - len(run.schedule.timesteps)
+        done, watch = len(schedule.timesteps) - len(run.schedule.timesteps), rescue.Watch(good)
         for step in engine.denoise(run, lambda x, t: self.predict(x, t)):
             index = done + step.index
             bar.update(index + 1 - bar.n)
@@ -87,10 +87,10 @@ class Sampling:
             if self.pipe.interrupt:
                 break
             if (step.index + 1) % rescue.LOOK_EVERY == 0 and run.point in schedule.points:
-                if not rescue.is_finite(run.latents):
-                    return good, False
-                good = rescue.Good(schedule.points.index(run.point), run.latents, noise.state())
-        return good, rescue.is_finite(run.latents)
+                place = rescue.Good(schedule.points.index(run.point), run.latents, noise.state())
+                if not watch.see(place):
+                    return watch.good, False
+        return watch.good, watch.settled() and rescue.is_finite(run.latents)
 
     def _call_back(self, run: Run, index: int, step: engine.Step) -> None:
         """Shows the caller the step, and takes what it changed."""
