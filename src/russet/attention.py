@@ -119,10 +119,11 @@ class chunked:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         mask = _spread(mask, q, k)
         out = _like_tokens(q, v)
+        q, k, v = q.contiguous() * scale, k.contiguous(), v.contiguous()  # once, or each product would copy them again
+        rows = self._at_once if self.keys is None or self.keys >= k.shape[2] else self._piece_by_piece
         for n in range(0, q.shape[2], self.queries):
             part = slice(n, n + self.queries)
-            rows = self._at_once if self.keys is None or self.keys >= k.shape[2] else self._piece_by_piece
-            out[:, :, part] = rows(q[:, :, part] * scale, k, v, None if mask is None else mask[:, :, part])
+            out[:, :, part] = rows(q[:, :, part], k, v, None if mask is None else mask[:, :, part])
         return out
 
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -197,7 +198,8 @@ class upcast:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         wide = None if mask is None else mask.float()
-        return self.inner(q.float(), k.float(), v.float(), scale, wide).to(q.dtype)
+        q32, k32, v32 = (x.to(torch.float32, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return self.inner(q32, k32, v32, scale, wide).to(q.dtype)
 
 
 @dataclass(frozen=True)

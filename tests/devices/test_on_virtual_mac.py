@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from russet import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from russet.attention import chunked, upcast
 from russet.devices.facts import mac as written_mac
 from russet.devices.facts import read_facts
 from russet.models.clip_text import CLIPTextModel
@@ -176,6 +177,18 @@ def test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow():
     more = waits[9] - waits[4]
     assert set(more) <= {"item"}
     assert more["item"] <= 1
+
+
+def test_attention_in_pieces_puts_its_operands_in_order_once():
+    with VirtualMac(torch="2.0.1", macos="13.6") as mac:
+        q, k, v = (torch.randn(2, 32, 4, 8).half().to("mps").transpose(1, 2) for _ in range(3))
+        copies = {}
+        for attention in (chunked(8), upcast(chunked(8))):
+            with mac.measure() as counts:
+                attention(q, k, v, 0.5)
+            copies[repr(attention)] = counts.kernels["clone"]
+            assert counts.kernels["bmm"] == 2 * 4  # of queries
+    assert list(copies.values()) == [3, 0]
 
 
 def test_a_composed_group_norm_takes_a_few_operations():

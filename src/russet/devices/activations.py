@@ -51,11 +51,13 @@ class Attended:
         elif choice.kind == "chunked":
             queries = min(choice.queries or self.queries, self.queries)
             step = min(choice.keys or self.keys, self.keys)
-            if step == self.keys:  # float32 scores and their softmax; the scaled queries
-                row = 8 * step + padded * inner
+            if step == self.keys:  # float32 scores and their softmax
+                row = 8 * step
             else:  # float32 scores, less their maximum, exponentials; and those of the keys before
-                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + padded * (8 + inner)
+                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + 8 * padded
             scores = self.batch * self.heads * queries * row
+            in_order = copies or self.heads == 1
+            copies += q * inner + (0 if in_order else 2 * k * inner)  # scaled queries; keys and values in order
         return copies + q * inner + scores
 
 
