@@ -1,4 +1,6 @@
-"""How long it takes until a program can begin: imports and the command line, Russet beside torch and Diffusers.
+"""How long it takes until a program can begin: imports, the command line, and a pipeline that is ready to draw.
+
+Russet beside torch and Diffusers; the pipelines are both made from the small model that Russet carries.
 
     python benchmarks/start.py [--rounds 7]
 
@@ -16,6 +18,8 @@ import sys
 import time
 from typing import NamedTuple
 
+from russet.checkpoints.locate import MINI
+
 BASELINE = "import torch"
 CASES = {
     "python, nothing imported": "pass",
@@ -23,6 +27,8 @@ CASES = {
     "import russet": "import russet",
     "from russet import DiffusionPipeline": "from russet import DiffusionPipeline",
     "from diffusers import StableDiffusionPipeline": "from diffusers import StableDiffusionPipeline",
+    "Russet, a pipeline ready": f"from russet import DiffusionPipeline as P; P.from_pretrained({str(MINI)!r}).unet",
+    "Diffusers, a pipeline ready": f"from diffusers import DiffusionPipeline as P; P.from_pretrained({str(MINI)!r})",
     "russet --help": "import sys; sys.argv[1:] = ['--help']; from russet.cli import main; main()",
 }
 

@@ -8,6 +8,7 @@ others are converted and moved tensor by tensor, so the peak is the model itself
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +39,7 @@ SHOWN = 10  # names listed of each kind of mismatch
 READERS = 2  # threads: reading, converting and checking let go of the interpreter's lock
 AHEAD = READERS  # batches of tensors that wait, converted, to be put in place
 BATCH = 1 << 20  # elements of a batch, at least, where more than one tensor is in it
-BLOCK = 1 << 17  # elements that are looked at together, so that the second look finds them in the processor's cache
+BLOCK = 1 << 19  # elements that are looked at together, so that the second look finds them in the processor's cache
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -207,10 +208,19 @@ def is_finite(value: torch.Tensor) -> bool:
         value = value.to(torch.float16)
     signed, unsigned = _INTEGERS[value.element_size()]
     bits = value.contiguous().view(signed).numpy().reshape(-1)
-    infinity = int(torch.tensor(math.inf, dtype=value.dtype).view(signed))
-    sign = 1 << (8 * value.element_size() - 1)
+    infinity, sign = _infinity(value.dtype), 1 << (8 * value.element_size() - 1)
     blocks = (bits[start : start + BLOCK] for start in range(0, len(bits), BLOCK))
-    return all(block.max() < infinity and block.view(unsigned).max() < sign + infinity for block in blocks)
+    return all(
+        int(np.maximum.reduce(block)) < infinity and int(np.maximum.reduce(block.view(unsigned))) < sign + infinity
+        for block in blocks
+    )
+
+
+@functools.lru_cache
+def _infinity(dtype: torch.dtype) -> int:
+    """The bits of infinity, as a whole number."""
+    value = torch.tensor(math.inf, dtype=dtype)
+    return int(value.view(_INTEGERS[value.element_size()][0]))
 
 
 def _places(model: nn.Module) -> Places:
