@@ -191,6 +191,26 @@ def test_attention_in_pieces_puts_its_operands_in_order_once():
     assert list(copies.values()) == [3, 0]
 
 
+def test_leaving_work_out_gives_the_cpus_picture_with_fewer_kernels_and_no_more_waits():
+    options = {"steps": 6, "guidance_interval": (0, 0.6)}
+
+    def less(pipe: Any) -> Any:
+        pipe.enable_deep_cache(2, 1, start=0.2)
+        return pipe
+
+    wanted = picture(less(mini(torch.float32)), **options)
+    with VirtualMac(chip="M1", memory_gib=16, macos="15.0", torch="2.5.1") as mac:
+        pipe = mini(torch.float32).to("mps")
+        with mac.measure() as whole:
+            picture(pipe, steps=6)
+        with mac.measure() as counted:
+            found = picture(less(pipe), **options)
+        assert pipe.preview(torch.zeros(1, 4, 8, 8))[0].size == (8, 8)
+    assert psnr(found, wanted) > 60
+    assert counted.kernel_count < 0.8 * whole.kernel_count
+    assert sum(counted.syncs.values()) <= sum(whole.syncs.values())
+
+
 def test_a_composed_group_norm_takes_a_few_operations():
     counted = {}
     for torch_version in ("2.1.2", "2.5.1", "2.12.1"):
