@@ -53,7 +53,9 @@ def test_an_unknown_keyword_is_refused_with_the_known_ones(cls: type[Scheduler])
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("DDIM", {"beta_schedule": "quadratic"}, "beta_schedule must be 'linear' or 'scaled_linear'"),
-    ("DDIM", {"num_train_timesteps": 0}, "num_train_timesteps must be 1 or more, not 0"),
+    ("DDIM", {"num_train_timesteps": 0}, r"num_train_timesteps must be 1\.\.100000, not 0"),
+    ("DDIM", {"num_train_timesteps": 10**9}, r"num_train_timesteps must be 1\.\.100000, not 1000000000"),
+    ("DDIM", {"steps_offset": -1}, "steps_offset must be 0 or more, not -1"),
     ("DDIM", {"num_train_timesteps": 10.0}, "num_train_timesteps must be int"),
     ("DDIM", {"num_train_timesteps": True}, "num_train_timesteps must be int"),
     ("DDIM", {"beta_start": -0.1}, "a beta must be above 0"),
