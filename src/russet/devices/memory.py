@@ -9,11 +9,13 @@ from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, t
 from russet.devices.calls import tile_latents, unet_rows
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.decisions import Decisions
+from russet.devices.fast_paths import text_key_bytes
 from russet.devices.parameters import counts, largest_layers
 from russet.devices.sizes import Sizes, TransformerSizes, UNetSizes, VAESizes
 
 __all__ = ["Estimate", "Sizes", "TransformerSizes", "UNetSizes", "VAESizes", "predict", "resident"]
 
+CUDA_LIBRARIES = 2**26  # bytes that cuBLAS keeps to work in, measured on an H200 by benchmarks/memory.py
 OWNER = {"text": "text_encoder", "encode": "vae", "denoise": "unet", "decode": "vae", "check": "safety_checker"}
 
 
@@ -49,15 +51,24 @@ def predict(sizes: Sizes, found: Decisions) -> Estimate:
     """The estimate for one way of doing the work."""
     needs = phase_activations(sizes, found)
     weights = resident(sizes, found, tuple(needs))
-    kept = latent_bytes(sizes)
-    pictures = 2 * sizes.images * 3 * sizes.width * sizes.height * 4  # as they come out, and as they are returned
-    with_pictures = ("encode", "decode", "check")
+    kept = latent_bytes(sizes) + (CUDA_LIBRARIES if on_cuda(found) else 0)
+    pictures = sizes.images * 3 * sizes.width * sizes.height * 4
+    beside = {"encode": 2 * pictures, "decode": pictures + recorded(sizes, found), "check": 2 * pictures}
+    beside["denoise"] = recorded(sizes, found) + (text_key_bytes(sizes, found) if found["text_keys"] == "kept" else 0)
+    needs["decode"] = max(needs["decode"], pictures)  # those of all parts are joined when the last part is done
     return Estimate(
-        tuple(
-            Phase(name, weights[name], needed, kept + (pictures if name in with_pictures else 0))
-            for name, needed in needs.items()
-        )
+        tuple(Phase(name, weights[name], needed, kept + beside.get(name, 0)) for name, needed in needs.items())
     )
+
+
+def recorded(sizes: Sizes, found: Decisions) -> int:
+    """What recorded calls hold for good: their own copy of the text's keys and values."""
+    return text_key_bytes(sizes, found) if found["graphs"] and found["text_keys"] == "kept" else 0
+
+
+def on_cuda(found: Decisions) -> bool:
+    """Whether the device has memory of its own."""
+    return bool(found["idle_weights"] == "cpu")
 
 
 def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
@@ -89,9 +100,8 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
 
 def reordered(found: Decisions) -> bool:
     """Whether channels-last maps meet CUDA's GroupNorm, which works channel by channel, and not the fused one."""
-    on_cuda = found["idle_weights"] == "cpu"
     plain = found["elementwise"] == "plain" or found.offload == "sequential"  # layers that come and go are not fused
-    return on_cuda and plain and found.memory_format == "channels_last"
+    return on_cuda(found) and plain and found.memory_format == "channels_last"
 
 
 def resident(sizes: Sizes, found: Decisions, phases: Iterable[str]) -> dict[str, int]:
