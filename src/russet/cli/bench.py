@@ -44,7 +44,8 @@ def command(
 ) -> None:
     """Measures seconds and memory on this machine.
 
-    Prints a Markdown table of one row. Close other programs first; the smallest figures are the true ones.
+    Prints a Markdown table of one row, which belongs into docs/en/benchmarks.md. Close other programs first; the
+    smallest figures are the true ones.
     """
     from russet.pipelines.bench import bench, header
 
