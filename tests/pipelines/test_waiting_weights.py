@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import russet
-from russet.checkpoints import stored_file
+from russet.checkpoints import load, stored_file
 from russet.errors import CorruptFile
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
@@ -78,6 +78,13 @@ def test_whatever_needs_weights_has_them_read(look: Any, folder: Path) -> None:
     pipe = opened(folder)
     look(pipe)
     assert waits(pipe) == set()
+
+
+def test_a_network_that_made_some_of_its_weights_itself_is_read_like_the_others(folder: Path) -> None:
+    """As the safety checker does, whose first parameter is computed and not left empty."""
+    pipe = russet.DiffusionPipeline.from_pretrained(folder)
+    assert same_weights(pipe.safety_checker, load.pipeline(folder).components["safety_checker"])
+    assert opened(folder).to(torch.float16).unet.dtype == torch.float16
 
 
 def test_what_a_pipeline_says_of_itself_needs_no_weights(folder: Path) -> None:

@@ -159,6 +159,11 @@ def is_at(network: nn.Module, place: torch.device) -> bool:
     return at.type == place.type and place.index in (None, at.index)
 
 
+def is_empty(network: nn.Module) -> bool:
+    """Whether a network's weights are not in memory. Some of one that was never filled may be, which it made itself."""
+    return any(parameter.device == META for parameter in network.parameters())
+
+
 def settle(component: str, network: nn.Module, plan: Plan, device: torch.device, draft: Draft | None) -> None:
     """Puts a network on a device in the plan's precision, its weights read again if they were dropped.
 
@@ -166,7 +171,7 @@ def settle(component: str, network: nn.Module, plan: Plan, device: torch.device,
     would copy; that waits until they work.
     """
     dtype = dtype_named(plan.dtype(component))
-    if next(network.parameters()).device == META and device != META:
+    if is_empty(network) and device != META:
         assert draft is not None, "weights are only dropped where they can be read again"
         wanted = "contiguous" if device.type == "cpu" else plan.memory_format
         draft.refill(network, device=device, dtype=dtype, memory_format=MEMORY_FORMATS[wanted])
@@ -210,10 +215,10 @@ def prepare(network: nn.Module, plan: Plan) -> None:
 
 def fetch(network: nn.Module, draft: Draft) -> bool:
     """Reads a network's weights, if they are not in memory, onto the CPU; whether it did."""
-    parameter = next(network.parameters())
-    if parameter.device != META:
+    if not is_empty(network):
         return False
-    draft.refill(network, device=CPU, dtype=parameter.dtype, memory_format=torch.contiguous_format)
+    dtype = next(network.parameters()).dtype
+    draft.refill(network, device=CPU, dtype=dtype, memory_format=torch.contiguous_format)
     return True
 
 
