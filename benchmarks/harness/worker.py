@@ -62,8 +62,10 @@ class Worker:
 
     def picture(self, batch: int, side: int, steps: int, save: str | None = None) -> Answer:
         """Draws ``batch`` pictures in one call. ``save`` keeps them as numbers, which is not for timing."""
-        options = {"output_type": "np"} if save else {}
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+        options: dict[str, Any] = {"generator": generators}
+        if save:  # the same noise for all: drawn in half precision, as one of them would, it is another
+            options = {"output_type": "np", "latents": self.noise(generators, side)}
 
         def call() -> Any:
             return self.pipe(
@@ -73,7 +75,6 @@ class Worker:
                 num_inference_steps=steps,
                 guidance_scale=7.5,
                 num_images_per_prompt=batch,
-                generator=generators,
                 **options,
             ).images
 
@@ -83,6 +84,13 @@ class Worker:
 
             numpy.save(save, images)
         return answer
+
+    def noise(self, generators: list[torch.Generator], side: int) -> torch.Tensor:
+        """Starting noise [B, C, h, w] in the UNet's precision, rounded alike for all precisions."""
+        size = side // self.pipe.vae_scale_factor
+        shape = (1, self.pipe.unet.config.in_channels, size, size)
+        drawn = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        return drawn.half().to(self.pipe.unet.dtype)
 
     def step(self, side: int, steps: int) -> Answer:
         """Seconds and processor seconds from a step's end to the next's: medians over one call."""
