@@ -68,10 +68,18 @@ def installed(name: str) -> bool:
 
 
 def stand_in() -> None:
-    """Puts stand-ins in the place of references that are not installed."""
+    """Puts stand-ins in the place of references that are not installed; ``importorskip`` skips for them as before."""
     missing = [name for name in REFERENCES if importlib.util.find_spec(name) is None]
+    usual = pytest.importorskip
+
+    def importorskip(name: str, *args: Any, **options: Any) -> Any:
+        if name.partition(".")[0] in missing:
+            pytest.skip(f"{name} is a reference, and it is not installed", allow_module_level=True)
+        return usual(name, *args, **options)
+
     if missing:
         sys.meta_path.append(Finder(missing))  # type: ignore[arg-type]
+        pytest.importorskip = importorskip  # type: ignore[assignment]
 
 
 @functools.cache
