@@ -42,6 +42,7 @@ ALLOWED = {
     "checkpoints": CONFIGURED | PARTS,
     "pipelines": EVERYTHING,
     "cli": EVERYTHING | {"pipelines", "__init__"},
+    "__main__": {"cli"},
 }
 """Part → the parts that it may import, besides itself. The arrows of CONTRIBUTING.md, from right to left."""
 

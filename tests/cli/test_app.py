@@ -145,3 +145,8 @@ def test_help_takes_less_than_a_third_of_a_second():
 def russet_command(*words: str) -> subprocess.CompletedProcess[str]:
     code = "from russet.cli import main; main()"
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "russet", "--version"], capture_output=True, text=True, check=True)
+    assert russet.__version__ in done.stdout
