@@ -30,7 +30,7 @@ WORDS: dict[str, dict[str, str]] = {
         "start to disk": "program's start to picture on disk",
         "quality": "**Likeness**, in dB of the pictures' own range of values. The weights are random: what leaving work"
         " out costs is on the page of [speed](speed.md).",
-        "to reference": "to the plain path in float32",
+        "to reference": "to the plain path in single precision",
         "to plain": "to the plain path in half precision",
         "step alone": "**One step** (a guided UNet call and the sampler):",
         "fresh picture": "**A whole picture**, in a process of its own:",
@@ -72,7 +72,7 @@ WORDS: dict[str, dict[str, str]] = {
         "start to disk": "프로그램 시작부터 디스크의 그림까지",
         "quality": "**닮은 정도**, 그림 자신의 값 범위에 대한 dB. 가중치는 무작위이므로, 계산을 덜어 낼 때의 차이는"
         " [속도](speed.md) 페이지를 보세요.",
-        "to reference": "빠른 경로 없는 float32와",
+        "to reference": "빠른 경로 없는 단정밀도와",
         "to plain": "빠른 경로 없는 반정밀도와",
         "step alone": "**스텝 하나**(가이던스를 쓴 UNet 호출과 샘플러):",
         "fresh picture": "**그림 한 장 전체**, 각자 새 프로세스에서:",

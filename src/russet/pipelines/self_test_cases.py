@@ -164,9 +164,13 @@ class NetworkCase:
 
     def network(self) -> Model:
         """The network with the same weights every time; torch's global generator is left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        generator = torch.default_generator  # it alone, and not the devices' own
+        state = generator.get_state()
+        try:
+            generator.manual_seed(0)
             return self.make()
+        finally:
+            generator.set_state(state)
 
 
 def tiny_unet() -> Model:
