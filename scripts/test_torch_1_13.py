@@ -38,8 +38,22 @@ LONG = {
         "test_a_picture_in_bfloat16_is_nearly_that_in_float32",
     ),
 }
+ASIDE = (
+    "properties/*",
+    "parity/*",
+    "cli/*",
+    "test_docs.py",
+    "test_benchmarks.py",
+    "schedulers/test_brownian.py",
+    "checkpoints/test_hub.py",
+    "checkpoints/test_inspect*.py",
+    "checkpoints/test_single_file_*.py",
+    "devices/test_plan.py",
+    "devices/test_virtual_mps*.py",
+    "pipelines/test_less_work.py",
+)
 CORE = (
-    *(f"--ignore=tests/{part}" for part in ("properties", "parity", "test_docs.py", "schedulers/test_brownian.py")),
+    *(f"--ignore-glob=*tests/{part}" for part in ASIDE),
     *(f"--deselect=tests/{file}::{name}" for file, names in LONG.items() for name in names),
 )
 NO_PYTHON = 77
