@@ -28,6 +28,7 @@ import transformers
 from torch import nn
 
 import russet
+from harness.geometry import SD15, TINY, Geometry
 from russet.models.clip_text import CLIPTextModel
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
@@ -42,62 +43,6 @@ STEPS = (4, 8)
 HEADER = """\
 | | kernels a UNet call | views | MiB over weights | kernels a step | waits a step | uploads a step | MiB, whole run |
 |---|---|---|---|---|---|---|---|"""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The configs of one model, and its picture's side in pixels."""
-
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text: dict[str, Any]
-    side: int
-
-
-def vae_config(channels: tuple[int, ...], groups: int) -> dict[str, Any]:
-    levels = len(channels)
-    return {
-        "block_out_channels": channels,
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "latent_channels": 4,
-        "norm_num_groups": groups,
-    }
-
-
-FULL = Geometry(
-    unet={"sample_size": 64, "cross_attention_dim": 768},
-    vae=vae_config((128, 256, 512, 512), 32),
-    text={
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-    side=512,
-)
-TINY = Geometry(
-    unet={
-        "sample_size": 16,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 32,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-    },
-    vae=vae_config((16, 32), 8),
-    text={
-        "vocab_size": 49408,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    },
-    side=32,
-)
 
 
 def hollow(network: nn.Module) -> nn.Module:
@@ -130,7 +75,7 @@ def russet_pipeline(geometry: Geometry) -> Any:
     return russet.StableDiffusionPipeline(
         unet=hollow(UNet2DConditionModel(geometry.unet)),
         vae=hollow(AutoencoderKL(geometry.vae)),
-        text_encoder=hollow(CLIPTextModel({"max_position_embeddings": 77, **geometry.text})),
+        text_encoder=hollow(CLIPTextModel(geometry.text)),
         tokenizer=CLIPTokenizer.from_files(TOKENIZER),
         scheduler=russet.PNDMScheduler(**SCHEDULER, skip_prk_steps=True),
         safety_checker=None,
@@ -192,7 +137,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    geometry, dtype = FULL if options.full else TINY, getattr(torch, options.dtype)
+    geometry, dtype = SD15 if options.full else TINY, getattr(torch, options.dtype)
     print(
         f"Apple {options.chip}, {options.memory:g} GiB, macOS {options.macos}, torch {options.torch}, {options.dtype}; "
         f"Diffusers {diffusers.__version__}; one guided picture of {geometry.side}×{geometry.side}, PNDM\n"

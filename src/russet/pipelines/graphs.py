@@ -9,7 +9,6 @@ out, so that callers notice nothing.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 
 from russet.elementwise import hooked
 from russet.models.base import Attending, Stepping
-
-log = logging.getLogger(__name__)
 
 Call = Callable[..., tuple[Tensor, ...]]
 
