@@ -24,10 +24,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from russet import DiffusionPipeline, UNet2DConditionModel
+from russet import DiffusionPipeline, UNet2DConditionModel, samplers
 from russet.checkpoints.fill import build
 from russet.devices.published import SD15_UNET
-from russet.schedulers import names
 
 PROMPTS = (
     "a photo of an astronaut riding a horse on mars",
@@ -106,7 +105,7 @@ class Model:
     def right_backgrounds(self, sampler: str, steps: int) -> int:
         """Of one prompt for each colour, how many pictures have that colour along their border."""
         before = self.pipe.scheduler
-        self.pipe.scheduler = names.make(sampler, before.config)
+        self.pipe.scheduler = samplers.make(sampler, before.config)
         prompts = [f"a photo of a cat on a {colour} background" for colour in COLOURS]
         try:
             pictures, _ = self.draw(prompts, num_inference_steps=steps)

@@ -44,7 +44,7 @@ ASIDE = (
     "cli/*",
     "test_docs.py",
     "test_benchmarks.py",
-    "schedulers/test_brownian.py",
+    "test_random_streams.py",
     "checkpoints/test_hub.py",
     "checkpoints/test_inspect*.py",
     "checkpoints/test_single_file_*.py",

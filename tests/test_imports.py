@@ -19,7 +19,7 @@ FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
 STEPS = {"elementwise", "elementwise_triton"}
-OTHERS = {"arguments", "attention", "images", "metadata", "devices", "checkpoints"}
+OTHERS = {"arguments", "attention", "images", "metadata", "random_streams", "samplers", "devices", "checkpoints"}
 EVERYTHING = CONFIGURED | PARTS | STEPS | OTHERS
 ALLOWED = {
     "__init__": EVERYTHING | {"pipelines"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "config": LIGHT,
     "component": LIGHT | {"config"},
     "arguments": LIGHT,
+    "random_streams": LIGHT,
     "attention": LIGHT,
     "elementwise": LIGHT,
     "elementwise_triton": LIGHT | {"elementwise"},
@@ -37,7 +38,8 @@ ALLOWED = {
     "tokenizer": CONFIGURED | {"tokenizer_files"},
     "image_processor": CONFIGURED,
     "models": CONFIGURED | {"attention", "elementwise"},
-    "schedulers": CONFIGURED | {"arguments"},
+    "schedulers": CONFIGURED | {"arguments", "random_streams"},
+    "samplers": LIGHT | {"config", "schedulers"},
     "devices": LIGHT,
     "checkpoints": CONFIGURED | PARTS,
     "pipelines": EVERYTHING,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline as LatentConsistencyModelPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
+    from russet.samplers import list_samplers as list_samplers
+    from russet.samplers import list_schedules as list_schedules
     from russet.schedulers.named import DDIMCFGPPScheduler as DDIMCFGPPScheduler
     from russet.schedulers.named import DDIMScheduler as DDIMScheduler
     from russet.schedulers.named import DDPMScheduler as DDPMScheduler
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     from russet.schedulers.named import RestartScheduler as RestartScheduler
     from russet.schedulers.named import TCDScheduler as TCDScheduler
     from russet.schedulers.named import UniPCMultistepScheduler as UniPCMultistepScheduler
-    from russet.schedulers.names import list_samplers as list_samplers
-    from russet.schedulers.names import list_schedules as list_schedules
     from russet.tokenizer import CLIPTokenizer as CLIPTokenizer
 
 __version__ = "0.1.0"
@@ -96,8 +96,8 @@ HOMES = {
     "TCDScheduler": "russet.schedulers.named",
     "UNet2DConditionModel": "russet.models.unet",
     "UniPCMultistepScheduler": "russet.schedulers.named",
-    "list_samplers": "russet.schedulers.names",
-    "list_schedules": "russet.schedulers.names",
+    "list_samplers": "russet.samplers",
+    "list_schedules": "russet.samplers",
 }
 """Public name → the module that defines it."""
 

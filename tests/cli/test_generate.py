@@ -75,13 +75,13 @@ def test_a_sampler_is_chosen_by_name_and_told(here, capsys):
 
 
 def test_samplers_lists_names_that_work(capsys):
-    from russet.schedulers import names
+    from russet import samplers
 
     assert run(["samplers"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
     assert listed == russet.list_samplers()
     for name in listed:
-        assert names.title(names.make(name)) == names.SAMPLERS[name].title
+        assert samplers.title(samplers.make(name)) == samplers.SAMPLERS[name].title
 
 
 def test_several_pictures_have_several_seeds_and_the_report_is_json(here, capsys):

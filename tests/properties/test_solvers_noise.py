@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from russet.random_streams import draw
 from russet.schedulers import named
-from russet.schedulers.brownian import draw
 from russet.schedulers.scheduler import Scheduler
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "sample"}

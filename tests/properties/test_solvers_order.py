@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from russet.random_streams import Noise
 from russet.schedulers import multistep, solvers, spacing
-from russet.schedulers.brownian import Noise
 from russet.schedulers.multistep import Exponential
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Solver

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from russet.random_streams import Noise
 from russet.schedulers import named
-from russet.schedulers.brownian import Noise
 
 from .loops import SD, normal, protocol, relative, wavy
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import russet
+from russet import samplers
 from russet.cli.job import PNG, Job
 from russet.cli.loading import DEMO, open_pipeline
 from russet.cli.screen import Screen
-from russet.schedulers import names
 
 if TYPE_CHECKING:
     from russet.pipelines.output import StableDiffusionPipelineOutput
@@ -141,7 +141,7 @@ def less_work(job: Job) -> dict[str, Any]:
 
 
 def sampler(job: Job, pipe: Any) -> str:
-    return job.sampler or names.title(pipe.scheduler)
+    return job.sampler or samplers.title(pipe.scheduler)
 
 
 def reported(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from russet.schedulers import names
+from russet import samplers
 
 DEMO = "mini"
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -39,5 +39,5 @@ def open_pipeline(model: str, *, dtype: str | None, device: str | None, sampler:
     else:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     if sampler is not None:
-        pipe.scheduler = names.make(sampler, pipe.scheduler.config)
+        pipe.scheduler = samplers.make(sampler, pipe.scheduler.config)
     return pipe.to(device or best_device())

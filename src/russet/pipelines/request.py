@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from russet import arguments
 from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines.guidance import ALWAYS, Guidance
-from russet.pipelines.start import generators_of
+from russet.random_streams import generators_of
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "pred_original_sample")

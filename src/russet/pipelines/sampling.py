@@ -14,7 +14,7 @@ from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines import engine, rescue
 from russet.pipelines.guidance import Conditioning, predictor
 from russet.pipelines.request import CALLBACK_TENSORS, TextToImage
-from russet.pipelines.start import NoiseSource
+from russet.random_streams import NoiseSource
 from russet.schedulers.scheduler import Run, Schedule
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from russet.pipelines.output import StableDiffusionPipelineOutput
 from russet.pipelines.preview import Previews
 from russet.pipelines.request import Geometry, TextToImage
 from russet.pipelines.sampling import Sampling
-from russet.pipelines.start import NoiseSource
+from russet.random_streams import NoiseSource
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
 from russet.tokenizer import CLIPTokenizer

@@ -124,7 +124,7 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 
 
 class DPMSolverSDEScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS, "noise_sampler_seed"), **SD):
-    """DPM-Solver++ (SDE) with noise from a Brownian path: "DPM++ SDE". One path per image; see ``brownian.py``."""
+    """DPM-Solver++ (SDE) with the noise of one Brownian path per image: "DPM++ SDE"."""
 
     order = 2
 

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from russet import arguments
 from russet.config import field_types
 from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
-from russet.schedulers.brownian import Noise, draw
+from russet.random_streams import Noise, draw
 from russet.schedulers.schedule import Run, Schedule
 from russet.schedulers.timetable import Timetable
 

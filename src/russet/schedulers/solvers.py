@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from russet.schedulers.brownian import Noise
+from russet.random_streams import Noise
 from russet.schedulers.noise import Point
 
 Steps = Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], Tensor]

@@ -1,6 +1,11 @@
-"""Noise for the solvers: independent draws, and increments of a Brownian path.
+"""Noise out of random streams: independent draws, and increments of a Brownian path.
 
-The path is a virtual Brownian tree (arXiv:2001.01328, section 4): its value anywhere is found by halving an interval
+Noise is float32 and drawn on the CPU, then moved, so that a seed means the same picture on every device. With one
+stream per image (``seed=`` or a list of generators) a picture does not depend on the batch it is made in. A single
+generator is drawn from for the whole batch at once, which is the order that Diffusers draws in. The order of draws,
+first the starting noise and then the solver's noise step by step, is public behaviour.
+
+A Brownian path is a virtual tree (arXiv:2001.01328, section 4): its value anywhere is found by halving an interval
 and drawing the middle given both ends, each draw seeded by its place in the tree. So the path depends on the seed
 alone, not on the number of steps nor on their order, and nothing is stored.
 
@@ -14,6 +19,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -35,6 +41,37 @@ def draw(shape: Sequence[int], generators: Sequence[Generator], device: torch.de
     generator = generators[0] if generators else None
     where = generator.device if generator is not None else torch.device("cpu")
     return torch.randn(tuple(shape), generator=generator, device=where, dtype=torch.float32).to(device)
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Draws noise of the latents' shape. generators: one for the batch, one per image, or none (torch's global one)."""
+
+    generators: tuple[Generator, ...]
+    shape: tuple[int, int, int, int]
+    device: torch.device
+
+    def __call__(self) -> Tensor:
+        """[B, C, h, w] of standard normal noise, float32, on the device."""
+        return draw(self.shape, self.generators, self.device)
+
+    def state(self) -> list[Tensor]:
+        """Where each stream stands, for ``restore``."""
+        return [generator.get_state() for generator in self.streams]
+
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Sets every stream back to where it stood."""
+        for generator, one in zip(self.streams, state, strict=True):
+            generator.set_state(one)
+
+    @property
+    def streams(self) -> tuple[Generator, ...]:
+        return self.generators or (torch.default_generator,)
+
+
+def generators_of(seeds: Sequence[int]) -> tuple[Generator, ...]:
+    """One CPU stream per image."""
+    return tuple(Generator().manual_seed(seed) for seed in seeds)
 
 
 class Noise:

@@ -8,10 +8,10 @@ import torch
 from torch import Generator, Tensor
 
 from russet.errors import InputError
+from russet.random_streams import BrownianPath, Noise, draw
 from russet.schedulers import named
-from russet.schedulers.brownian import BrownianPath, Noise, draw
 
-from .loops import SD
+from .schedulers.loops import SD
 
 LEVELS = (14.6, 9.0, 3.0, 1.1, 1.0, 0.4, 0.05, 0.03)
 CPU = torch.device("cpu")
