@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, cat, nn
 
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
-from russet.models.transformer import SpatialTransformer, Text, repeated
+from russet.models.transformer import SpatialTransformer, Text, seen
 from russet.models.unet_config import Level, UNetConfig
 
 
@@ -75,7 +75,7 @@ class UpBlock(nn.Module):
         ``start`` and ``end`` are those of a slice of its residual blocks; one that ends early does not upsample.
         """
         for i, resnet in list(enumerate(self.resnets))[start:end]:
-            x = resnet(cat([x, repeated(skips.pop(), len(x))], dim=1), time, spare=True)
+            x = resnet(cat([x, seen(skips.pop(), len(x))], dim=1), time, spare=True)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x, text)
         if end is not None and end < len(self.resnets):

@@ -20,6 +20,11 @@ def repeated(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else cat([x] * (rows // len(x)))  # which keeps the memory format
 
 
+def seen(x: Tensor, rows: int) -> Tensor:
+    """The same to be read only: a single row in order is not copied, but seen ``rows`` times."""
+    return x.expand(rows, *x.shape[1:]) if len(x) == 1 and x.is_contiguous() else repeated(x, rows)
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """A map [B, C, h, w] as tokens [B, h·w, C]; copies only what is not channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -189,5 +194,5 @@ class SpatialTransformer(Stepping):
         tokens = self.proj_in(to_tokens(self.steps.normed(x, self.norm)))
         for block in self.transformer_blocks:
             tokens = block(tokens, text)
-        x = repeated(x, text.rows)
+        x = seen(x, text.rows)
         return x + to_map(self.proj_out(tokens), like=x)  # x first: a sum takes the memory format of its first term

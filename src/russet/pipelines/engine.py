@@ -16,6 +16,7 @@ has ended.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,15 +31,17 @@ Predict = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One model call that is done.
-
-    latents: [B, C, h, w], in the scheduler's public convention. x0: the picture's latents as that call predicted them.
-    """
+    """One model call that is done. x0: the picture's latents [B, C, h, w] as that call predicted them."""
 
     index: int
     t: float
-    latents: Tensor
     x0: Tensor
+    latents_later: Callable[[], Tensor]
+
+    @functools.cached_property
+    def latents(self) -> Tensor:
+        """[B, C, h, w], in the scheduler's public convention."""
+        return self.latents_later()
 
 
 def denoise(run: Run, predict: Predict) -> Iterator[Step]:
@@ -50,7 +53,7 @@ def denoise(run: Run, predict: Predict) -> Iterator[Step]:
     while (t := run.t) is not None:
         run.send(*predict(run.model_input, t).chunk(1 + run.schedule.needs_unconditional, dim=1))
         assert run.x0 is not None
-        yield Step(index, t, run.latents, run.x0)
+        yield Step(index, t, run.x0, run.latents_later)
         index += 1
 
 

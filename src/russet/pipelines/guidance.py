@@ -189,7 +189,7 @@ def guided(pair: Predict, guidance: Guidance) -> Predict:
 
     def predict(x: Tensor, t: float) -> Tensor:
         without, with_prompt = pair(x, t).chunk(2)
-        output = without + guidance.scale * (with_prompt - without)
+        output = torch.add(without, with_prompt - without, alpha=guidance.scale)
         if guidance.rescale > 0:
             output = rescaled(output, with_prompt, guidance.rescale)
         return torch.cat([output, without], dim=1) if guidance.both else output

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from russet.random_streams import Noise
 from russet.schedulers.noise import Point
-from russet.schedulers.solvers import Steps, pairs
+from russet.schedulers.solvers import Steps, pairs, plus
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,11 @@ def multistep(
     return x
 
 
-def weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """The sum of the values, each times its weight."""
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + weight * value
-    return total
+def gathered(x: Tensor, scale: float, weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """x, and to it the values, each times its weight and ``scale``: one operation for each of them."""
+    for weight, value in zip(weights, values, strict=True):
+        x = plus(x, scale * weight, value)
+    return x
 
 
 def quadrature(at: Sequence[float], moments: Sequence[float]) -> list[float]:
@@ -94,7 +93,7 @@ def adams(x: Tensor, past: Sequence[Seen], b: Point, noise: Noise, even: bool = 
         return past[0].x0 + past[0].eps * b.sigma
     at = [-n if even else (seen.point.sigma - a) / (b.sigma - a) for n, seen in enumerate(past)]
     weights = quadrature(at, [1 / n for n in range(1, len(past) + 1)])
-    return x + (b.sigma - a) * weighted(weights, [seen.eps for seen in past])
+    return gathered(x, b.sigma - a, weights, [seen.eps for seen in past])
 
 
 Moments = list[float]
@@ -142,7 +141,7 @@ class Exponential:
         for n in range(1, len(past)):
             moments.append(n * moments[-1] / z - 1)
         weights = quadrature([math.log(a.sigma / seen.point.sigma) / h for seen in past], KINDS[self.kind](moments, z))
-        x = keep * x - gain * weighted(weights, [seen.x0 if self.data else seen.eps for seen in past])
+        x = gathered(keep * x, -gain, weights, [seen.x0 if self.data else seen.eps for seen in past])
         if not self.sde:
             return x
         spread = math.sqrt(abs(a.sigma**2 - b.sigma**2))
@@ -194,4 +193,4 @@ def runge_kutta_start(seen: Seen, b: Point, middle: Callable[[Point, Point], Poi
     for stop in (half, half, b):
         x, x0 = yield seen.x + slopes[-1] * (stop.sigma - a.sigma), stop
         slopes.append((x - x0) / stop.sigma)
-    return seen.x + weighted((1 / 6, 1 / 3, 1 / 3, 1 / 6), slopes) * (b.sigma - a.sigma)
+    return gathered(seen.x, b.sigma - a.sigma, (1 / 6, 1 / 3, 1 / 3, 1 / 6), slopes)

@@ -46,7 +46,7 @@ class Border:
     def x0(self, x: Tensor, output: Tensor, sigma: float) -> Tensor:
         """The image that the model's output stands for."""
         if self.prediction_type == "epsilon":
-            return x - sigma * output
+            return torch.sub(x, output, alpha=sigma)
         if self.prediction_type == "v_prediction":  # arXiv:2202.00512, section 4 and appendix D
             return x / (1 + sigma**2) - sigma / math.sqrt(1 + sigma**2) * output
         return output
@@ -162,6 +162,12 @@ class Run:
     @latents.setter
     def latents(self, x: Tensor) -> None:
         self._x = self.schedule.border.inward(x.float(), self.sigma)
+
+    @property
+    def latents_later(self) -> Callable[[], Tensor]:
+        """Gives ``latents`` as they are now whenever it is called: in most steps nobody looks at them."""
+        x, sigma, border, dtype = self._x, self.sigma, self.schedule.border, self.dtype
+        return lambda: border.outward(x, sigma).to(dtype)
 
     @property
     def model_input(self) -> Tensor:

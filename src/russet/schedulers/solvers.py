@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from russet.random_streams import Noise
@@ -32,6 +33,11 @@ class Solver(Protocol):
 def pairs(points: Sequence[Point], end: Point) -> list[tuple[Point, Point]]:
     """From where to where each step goes."""
     return list(zip(points, [*points[1:], end], strict=True))
+
+
+def plus(x: Tensor, weight: float, y: Tensor) -> Tensor:
+    """``x + weight * y`` in one operation; of plain numbers too, of which a dry run is made."""
+    return torch.add(x, y, alpha=weight) if isinstance(x, Tensor) else x + weight * y
 
 
 def along(x: Tensor, x0: Tensor, a: Point, sigma: float) -> Tensor:
