@@ -42,7 +42,7 @@ def from_pil(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
 
 def to_unit(x: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] in -1..1 as float32 in 0..1, on the CPU; what lies outside is clamped."""
-    return (x.detach().float() / 2 + 0.5).clamp(0, 1).cpu()
+    return _unit(x).cpu()
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
@@ -52,7 +52,16 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 def to_pil(x: torch.Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in -1..1 as Pillow images, each value rounded to the nearest of 256."""
-    return [Image.fromarray(row) for row in (to_numpy(x) * 255).round().astype(np.uint8)]
+    rows = (_unit(x) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return [Image.fromarray(row) for row in rows.cpu().numpy()]
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """``to_unit`` where it is quickest: on a GPU, whose pictures are a quarter as large once they are bytes; a Mac's
+    memory is one.
+    """
+    x = x.detach() if x.is_cuda else x.detach().cpu()
+    return (x.float() / 2 + 0.5).clamp(0, 1)
 
 
 def as_output(x: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:

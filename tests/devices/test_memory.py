@@ -95,7 +95,7 @@ def test_half_precision_with_float32_scores_peaks_as_predicted():
 def test_composed_norms_peak_as_predicted():
     config = UNETS["without a middle"]
     unet = UNet2DConditionModel(config).to(torch.bfloat16)
-    set_norms(unet, composed_groups=True, float32_layers=False)
+    set_norms(unet.modules(), composed_groups=True, float32_layers=False)
     unet.set_attention(chunked(64))
     x, text = torch.randn(2, 4, 16, 16).bfloat16(), torch.randn(2, 77, 32).bfloat16()
     measured = peak_of(lambda: unet(x, 1.0, text))
@@ -142,7 +142,7 @@ def test_a_vae_with_composed_norms_peaks_as_predicted():
     config = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8}
     config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     vae, sizes = AutoencoderKL(config).to(torch.bfloat16), VAESizes.of(config)
-    set_norms(vae, composed_groups=True, float32_layers=False)
+    set_norms(vae.modules(), composed_groups=True, float32_layers=False)
     z = torch.randn(1, 4, 12, 12).bfloat16()
     measured = peak_of(lambda: vae.decode(z))
     how = Arithmetic(width=2, composed=True)

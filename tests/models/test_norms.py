@@ -72,11 +72,11 @@ def test_setting_norms_changes_neither_parameters_nor_results_and_can_be_undone(
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
     with torch.no_grad():
         expected = unet(x, 1.0, text).sample
-        set_norms(unet, composed_groups=True, float32_layers=True)
+        set_norms(unet.modules(), composed_groups=True, float32_layers=True)
         kinds = {type(module) for module in unet.modules()}
         assert {ComposedGroupNorm, Float32LayerNorm} <= kinds
         torch.testing.assert_close(unet(x, 1.0, text).sample, expected, rtol=1e-4, atol=1e-5)
         assert list(unet.state_dict()) == names
-        set_norms(unet, composed_groups=False, float32_layers=False)
+        set_norms(unet.modules(), composed_groups=False, float32_layers=False)
     assert {nn.GroupNorm, nn.LayerNorm} <= {type(module) for module in unet.modules()}
     assert not {ComposedGroupNorm, Float32LayerNorm} & {type(module) for module in unet.modules()}

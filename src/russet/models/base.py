@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,12 +40,27 @@ class Stepping(nn.Module):
         self.steps: Elementwise = PLAIN
 
 
+def hand(modules: Iterable[nn.Module], *, attention: Attention | None = None, steps: Elementwise | None = None) -> None:
+    """Gives modules the functions that they compute by; None leaves what they have."""
+    for module in modules:
+        if attention is not None and isinstance(module, Attending):
+            module.attention = attention
+        if steps is not None and isinstance(module, Stepping):
+            module.steps = steps
+
+
 class Model(nn.Module, Component):
     """A network with a config. Its parameters carry the names of the published checkpoints."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.prepared: Hashable = None  # what was last done to the weights so that they can work, and where they lay
+
+    @functools.cached_property
+    def size(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,15 +80,11 @@ class Model(nn.Module, Component):
         """
         if not callable(attention):
             raise ArgumentTypeError(f"attention must be a function of russet.attention, not {attention!r}")
-        for module in self.modules():
-            if isinstance(module, Attending):
-                module.attention = attention
+        hand(self.modules(), attention=attention)
 
     def set_elementwise(self, steps: Elementwise) -> None:
         """Makes every module beneath compute its norms, activations and sums by ``steps`` of ``russet.elementwise``."""
-        for module in self.modules():
-            if isinstance(module, Stepping):
-                module.steps = steps
+        hand(self.modules(), steps=steps)
 
     def lay_together(self) -> None:
         """Puts weights that are multiplied with one input side by side in memory, so that one product serves them all.
@@ -90,4 +102,5 @@ class Model(nn.Module, Component):
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
         for parameters in self._side_by_side():  # each of them is about to move on its own
             parameters.part()
+        self.prepared = None
         return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,14 +46,14 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-def set_norms(network: nn.Module, *, composed_groups: bool, float32_layers: bool) -> None:
-    """Has every norm of a network computed in the way that was asked for; False is torch's own.
+def set_norms(modules: Iterable[nn.Module], *, composed_groups: bool, float32_layers: bool) -> None:
+    """Has every norm among modules computed in the way that was asked for; False is torch's own.
 
-    The modules change their class, not their parameters: these are the same, under the same names.
+    They change their class, not their parameters: these are the same, under the same names.
     """
     group: type[nn.GroupNorm] = ComposedGroupNorm if composed_groups else nn.GroupNorm
     layer: type[nn.LayerNorm] = Float32LayerNorm if float32_layers else nn.LayerNorm
-    for module in network.modules():
+    for module in modules:
         if isinstance(module, nn.GroupNorm):
             module.__class__ = group
         elif isinstance(module, nn.LayerNorm):

@@ -315,10 +315,10 @@ class DiffusionPipeline(SingleFiles, Switches):
         return plan(read_facts(self._device, weights=self._weights_there()), sizes, self._request())
 
     def _weights_there(self) -> int:
-        """Bytes of weights that are on the pipeline's device now."""
-        device = self._device.type
-        weights = (weight for network in self._networks().values() for weight in network.parameters())
-        return sum(weight.numel() * weight.element_size() for weight in weights if weight.device.type == device)
+        """Bytes of weights that are on the pipeline's device now; a network is in one place and in one precision."""
+        firsts = {network: next(network.parameters()) for network in self._networks().values()}
+        there = {network: first for network, first in firsts.items() if first.device.type == self._device.type}
+        return sum(placement.size(network) * first.element_size() for network, first in there.items())
 
     def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
         """The numbers that a plan is made from; each pipeline knows how its components hang together."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from russet.elementwise import hooked
 from russet.models.base import Attending, Stepping
+from russet.models.modules import modules, places
 
 Call = Callable[..., tuple[Tensor, ...]]
 
-KEPT = 4  # recordings: one more drops the one that was not used for longest
+KEPT = 6  # recordings: one more drops the one that was not used for longest
 
 
 class Recording:
@@ -92,11 +93,11 @@ def identity(network: nn.Module) -> Hashable | None:
     a recording is not.
     """
     handed: set[Any] = set()
-    for module in network.modules():
+    for module in modules(network):
         if hooked(module):
             return None
         if isinstance(module, Attending):
             handed.add(module.attention)
         if isinstance(module, Stepping):
             handed.add(module.steps)
-    return (frozenset(handed), *(parameter.data_ptr() for parameter in network.parameters()))
+    return frozenset(handed), places(network)

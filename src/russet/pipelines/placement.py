@@ -23,9 +23,10 @@ from russet.devices.rules import environment
 from russet.elementwise import PLAIN, Elementwise
 from russet.models.activations import silu
 from russet.models.autoencoder import Autoencoder
-from russet.models.base import Model
+from russet.models.base import Model, hand
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
+from russet.models.modules import modules, places, weights
 
 if TYPE_CHECKING:
     from russet.elementwise_triton import Fused
@@ -98,16 +99,13 @@ def set_environment(device: torch.device) -> None:
 
 def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
     """Hands every network the attention that the plan chose for it, its norms, and the steps between its products."""
-    for name in ("text_encoder", "unet", "vae"):
-        if isinstance(network := networks.get(name), Model):
-            network.set_attention(attention_of(plan, name))
     steps = steps_of(plan)
-    for name in ("unet", "vae"):
-        if isinstance(network := networks.get(name), Model):
-            network.set_elementwise(steps)
     composed, wide = plan["group_norm"] == "composed", plan["layer_norm"] == "float32"
-    for network in networks.values():
-        set_norms(network, composed_groups=composed, float32_layers=wide)
+    for name, network in networks.items():
+        listed = modules(network, anew=True)
+        set_norms(listed, composed_groups=composed, float32_layers=wide)
+        if name in ("text_encoder", "unet", "vae"):
+            hand(listed, attention=attention_of(plan, name), steps=steps)
 
 
 @contextlib.contextmanager
@@ -125,7 +123,7 @@ def tiled(vae: Autoencoder, tile: Tile | None) -> Iterator[None]:
 def layout(module: nn.Module, memory_format: str) -> None:
     """Puts the weights of all convolutions in a memory format; other parameters have only one."""
     wanted = MEMORY_FORMATS[memory_format]
-    for child in module.modules():
+    for child in modules(module):
         if isinstance(child, nn.Conv2d) and not child.weight.is_contiguous(memory_format=wanted):
             child.weight.data = child.weight.data.contiguous(memory_format=wanted)
 
@@ -136,7 +134,7 @@ def align(module: nn.Module) -> None:
     The CPU's kernels round a little differently where numbers do not begin at a cache line, so that the same weights
     would draw another picture out of another file.
     """
-    for value in (*module.parameters(), *module.buffers()):
+    for value in weights(module):
         begins = value.storage_offset() == 0  # others are parts of what was laid together
         if value.device.type == "cpu" and begins and value.data_ptr() % CACHE_LINE:
             value.data = value.data.clone()
@@ -151,6 +149,13 @@ def home(component: str, plan: Plan, device: torch.device) -> torch.device:
     if plan.offload == "model" or (component == "text_encoder" and plan.text_encoder == "freed"):
         return {"cpu": CPU, "dropped": META, "kept": device}[plan["idle_weights"]]
     return device
+
+
+def size(network: nn.Module) -> int:
+    """How many numbers the weights of a network are."""
+    if isinstance(network, Model):
+        return network.size
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def is_at(network: nn.Module, place: torch.device) -> bool:
@@ -205,12 +210,17 @@ def at_work(
 
 def prepare(network: nn.Module, plan: Plan) -> None:
     """Gives weights that are about to work their layout and their place, and joins those that the plan wants multiplied
-    at once; nothing to do the second time.
+    at once; nothing to do the second time, unless they were moved.
     """
+    wanted = plan.memory_format, bool(plan["joined_products"])
+    if isinstance(network, Model) and network.prepared == (wanted, places(network)):
+        return
     layout(network, plan.memory_format)
     align(network)
-    if plan["joined_products"] and isinstance(network, Model):
-        network.lay_together()
+    if isinstance(network, Model):
+        if plan["joined_products"]:
+            network.lay_together()
+        network.prepared = wanted, places(network)
 
 
 def fetch(network: nn.Module, draft: Draft) -> bool:

@@ -121,21 +121,21 @@ def restored(name: str, network: Model, plan: Plan) -> Iterator[None]:
 
 
 def decoded(vae: Autoencoder, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
-    """Latents → pixels [B, 3, H, W] on the CPU; not finite or all black, they are made again more precisely."""
+    """Latents → pixels [B, 3, H, W]; not finite or all black, they are made again more precisely."""
     notes: list[str] = []
     left = remedies("vae", vae, plan)
     with restored("vae", vae, plan):
         while True:
             pixels = engine.decode(vae, latents, plan.vae_batch)
             if is_picture(pixels):
-                return pixels.cpu(), tuple(notes)
+                return pixels, tuple(notes)
             if not left:
                 break
             notes.append(left.pop(0).apply())
     if not is_finite(pixels):
         notes.append("the picture is not finite even in float32: its latents or the VAE's weights must be damaged")
         pixels = torch.nan_to_num(pixels, nan=-1.0)
-    return pixels.cpu(), tuple(notes)
+    return pixels, tuple(notes)
 
 
 def is_picture(pixels: Tensor) -> bool:

@@ -19,7 +19,8 @@ BLACK = -1.0
 def checked(
     checker: StableDiffusionSafetyChecker, processor: CLIPImageProcessor, pixels: Tensor
 ) -> tuple[Tensor, list[bool]]:
-    """Pixels [B, 3, H, W] in [-1, 1] → the same with flagged images black, and one flag per image."""
+    """Pixels [B, 3, H, W] in [-1, 1] → the same on the CPU with flagged images black, and one flag per image."""
+    pixels = pixels.cpu()
     seen = processor(to_pil(pixels)).pixel_values.to(device=checker.device, dtype=checker.dtype)
     flags = [bool(flag) for flag in checker(seen)]
     if any(flags):
@@ -29,5 +30,5 @@ def checked(
             sum(flags),
             len(flags),
         )
-    keep = torch.tensor(flags, device=pixels.device).logical_not().view(-1, 1, 1, 1)
+    keep = torch.tensor(flags).logical_not().view(-1, 1, 1, 1)
     return torch.where(keep, pixels, torch.full_like(pixels, BLACK)), flags

@@ -52,14 +52,14 @@ TOKENS = (2, 64, 32)
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, composed: bool) -> Tensor:
     norm = nn.GroupNorm(8, 32).to(x)
     norm.weight.data, norm.bias.data = weight, bias
-    set_norms(norm, composed_groups=composed, float32_layers=False)
+    set_norms(norm.modules(), composed_groups=composed, float32_layers=False)
     return norm(x)  # type: ignore[no-any-return]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, wide: bool) -> Tensor:
     norm = nn.LayerNorm(32).to(x)
     norm.weight.data, norm.bias.data = weight, bias
-    set_norms(norm, composed_groups=False, float32_layers=wide)
+    set_norms(norm.modules(), composed_groups=False, float32_layers=wide)
     return norm(x)  # type: ignore[no-any-return]
 
 

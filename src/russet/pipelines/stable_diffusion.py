@@ -231,8 +231,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         assert self.tokenizer is not None
         assert self.text_encoder is not None
         different = list(dict.fromkeys(texts))
+        graphs = self.graphs if plan["graphs"] and plan.text_encoder == "device" else None
         with self.at_work("text_encoder", plan):
-            encoded = prompts.encode(self.tokenizer, self.text_encoder, different, clip_skip)
+            encoded = prompts.encode(self.tokenizer, self.text_encoder, different, clip_skip, graphs)
         return tuple(encoded[different.index(text)] for text in texts)
 
     def guided(self, request: TextToImage) -> bool:
@@ -271,7 +272,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._primed = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
-        """Latents → pixels [B, 3, H, W] in [-1, 1] on the CPU, what the safety checker says of them, and notes."""
+        """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
             pixels, notes = rescue.decoded(self.vae, latents, plan)
         if self.safety_checker is None or self.feature_extractor is None:
