@@ -9,8 +9,12 @@ in ``elementwise.Plain``, which also takes over what the kernels are not made fo
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -100,8 +104,10 @@ class Fused:
 
     def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
         try:
-            with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-                compile_all(device, dtype)
+            first, *others = runs(device, dtype)
+            run_on(device, first)  # alone, since Triton itself starts with it
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compile") as pool:
+                list(pool.map(functools.partial(run_on, device), others))
         except Exception as error:  # no compiler, no room for its files: many things that are not ours
             self._failed = True
             log.warning("Triton cannot compile kernels here, so PyTorch's own are used: %s", error)
@@ -111,6 +117,14 @@ class Fused:
         for job in tuple(self._prepared.values()):
             job.join()
         return self._failed
+
+
+def run_on(device: torch.device, call: Callable[[], object]) -> None:
+    """Makes a call on a stream of its own, and waits for its end."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+        call()
+    stream.synchronize()
 
 
 def computes(x: Tensor) -> bool:
@@ -380,16 +394,26 @@ def _gated(x, out, features, BLOCK: tl.constexpr):  # fmt: skip
     tl.store(out + row * features + column, (value * gate * normal).to(out.dtype.element_ty), mask=there)
 
 
-def compile_all(device: torch.device, dtype: torch.dtype) -> None:
-    """Runs each kernel once for the sizes of Stable Diffusion's layers, which compiles it."""
+def runs(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """One call for each kernel and each set of its constants, for the sizes of Stable Diffusion's layers."""
 
     def blank(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
-    for channels, side in ((320, 64), (320, 8), (640, 8), (1280, 8), (2560, 8)):
+    def group(channels: int, side: int) -> Callable[[], object]:
         x = blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
-        group_norm(x, nn.GroupNorm(32, channels, device=device, dtype=dtype), True, None)
-    shifted_sum(x, None, blank(1, 2560))
-    for features in (320, 640, 1280):
-        layer_norm(blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype), None)
-    gated(blank(1, 64, 2560))
+        norm = nn.GroupNorm(32, channels, device=device, dtype=dtype)
+        return lambda: group_norm(x, norm, True, None)
+
+    def layer(features: int) -> Callable[[], object]:
+        x, norm = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
+        return lambda: layer_norm(x, norm, None)
+
+    x = blank(1, 320, 64, 64).contiguous(memory_format=torch.channels_last)
+    shift, tokens = blank(1, 320), blank(1, 64, 2560)
+    return [
+        *(group(channels, side) for channels, side in ((320, 64), (320, 8), (640, 8), (1280, 8), (2560, 8))),
+        *(layer(features) for features in (320, 640, 1280)),
+        lambda: shifted_sum(x, None, shift),
+        lambda: gated(tokens),
+    ]

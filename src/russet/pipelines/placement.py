@@ -24,9 +24,9 @@ from russet.elementwise import PLAIN, Elementwise
 from russet.models.activations import silu
 from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model, hand
+from russet.models.modules import modules, places, weights
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
-from russet.models.modules import modules, places, weights
 
 if TYPE_CHECKING:
     from russet.elementwise_triton import Fused
