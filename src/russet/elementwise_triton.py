@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
@@ -76,9 +77,9 @@ class Fused:
         return y, shift
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
-        if shift is None:
-            return PLAIN.added(h, x)
-        if not takes(h) or (x is not None and not (takes(x) and x.shape == h.shape)) or self._plain():
+        if shift is None or x is None:
+            return PLAIN.added(h if shift is None else h.add_(shift[:, :, None, None]), x)
+        if not (takes(h) and takes(x) and x.shape == h.shape) or self._plain():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
         return shifted_sum(h, x, shift)
 
@@ -151,38 +152,64 @@ def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, spare: bool = False) -> Tensor:
     """Group normalisation (arXiv:1803.08494) of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare."""
-    batch, channels, height, width = x.shape
-    area, size = height * width, channels // norm.num_groups
     out = x if spare else torch.empty_like(x)
+    if x.shape[2] * x.shape[3] <= WHOLE:
+        return normalised(x, out, norm, silu, shift)
+    return applied(x, out, lines(x, channel_sums(x), norm, shift), silu)
+
+
+def group_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
+    """What the kernels that know a group are told: weights, shift, and sizes."""
+    channels, area = x.shape[1], x.shape[2] * x.shape[3]
     shifts = norm.bias if shift is None else shift.contiguous()  # any address will do where none is read
     stride = channels if shift is not None and len(shift) > 1 else 0
-    how = (
-        norm.weight,
-        norm.bias,
-        shifts,
-        area,
-        channels,
-        size,
-        stride,
-        norm.eps,
-        0 if shift is None else channels,
-        int(silu),
+    size, shifted = channels // norm.num_groups, 0 if shift is None else channels
+    return norm.weight, norm.bias, shifts, area, channels, size, stride, norm.eps, shifted
+
+
+def normalised(x: Tensor, out: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
+    """The whole of it, for small maps."""
+    wide = max(16, triton.next_power_of_2(x.shape[1] // norm.num_groups))
+    _normalise_group[(norm.num_groups, len(x))](
+        x, out, *group_arguments(x, norm, shift), int(silu), WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8
     )
-    if area <= WHOLE:
-        wide = max(16, triton.next_power_of_2(size))
-        _normalise_group[(norm.num_groups, batch)](x, out, *how, WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8)
-        return out
-    step = min(32, max(4, area // (ROWS * 256)))  # blocks of rows to a part: no more parts than are quickly gathered
+    return out
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """Of each part of each channel the mean, and the sum of squared distances from it: [B, parts, 2, C]."""
+    batch, channels, height, width = x.shape
+    area = height * width
+    step = part_blocks(area)
     parts = triton.cdiv(area, ROWS * step)
     sums = torch.empty(batch, parts, 2, channels, dtype=torch.float32, device=x.device)
-    line = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
-    across = triton.cdiv(channels, COLUMNS)
-    _sum_channels[(parts, across, batch)](x, sums, area, channels, parts, step, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
-    wide = max(64, triton.next_power_of_2(size))
-    _line_of_group[(norm.num_groups, batch)](
-        sums, line, *how[:-1], parts, ROWS * step, WIDE=wide, BLOCK=64, num_warps=4
+    _sum_channels[(parts, triton.cdiv(channels, COLUMNS), batch)](
+        x, sums, area, channels, parts, step, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
     )
-    _apply_line[(triton.cdiv(area, ROWS), across, batch)](
+    return sums
+
+
+def part_blocks(area: int) -> int:
+    """Blocks of ``ROWS`` positions to a part: few enough parts to be quickly gathered."""
+    return min(32, max(4, area // (ROWS * 256)))
+
+
+def lines(x: Tensor, sums: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:
+    """What each channel is multiplied by, and what is added then: [B, 2, C]."""
+    batch, parts, _, channels = sums.shape
+    line = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+    wide = max(64, triton.next_power_of_2(channels // norm.num_groups))
+    rows = ROWS * part_blocks(x.shape[2] * x.shape[3])
+    _line_of_group[(norm.num_groups, batch)](
+        sums, line, *group_arguments(x, norm, shift), parts, rows, WIDE=wide, BLOCK=64, num_warps=4
+    )
+    return line
+
+
+def applied(x: Tensor, out: Tensor, line: Tensor, silu: bool) -> Tensor:
+    batch, channels, height, width = x.shape
+    area = height * width
+    _apply_line[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
         x, out, line, area, channels, int(silu), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
     )
     return out
@@ -307,20 +334,19 @@ def _apply_line(
     tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
 
 
-def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> Tensor:
+def shifted_sum(h: Tensor, x: Tensor, shift: Tensor) -> Tensor:
     """``h + shift + x`` for maps [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``."""
     batch, channels, height, width = h.shape
     area, stride = height * width, channels if len(shift) > 1 else 0
     _shifted_sum[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
-        h, h if x is None else x, shift.contiguous(), area, channels, stride, 0 if x is None else area,
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        h, x, shift.contiguous(), area, channels, stride, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
     )  # fmt: skip
     return h
 
 
-@triton.jit(do_not_specialize=["shift_stride", "both"])
+@triton.jit(do_not_specialize=["shift_stride"])
 def _shifted_sum(
-    h, x, shift, area, channels, shift_stride, both, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    h, x, shift, area, channels, shift_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program: some channels at some positions of one row."""
     row = tl.program_id(2)
@@ -331,7 +357,7 @@ def _shifted_sum(
     at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
     values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     values += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-    values += tl.load(x + at, mask=mask & (place < both)[:, None], other=0.0).to(tl.float32)
+    values += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
 
 
@@ -400,20 +426,28 @@ def runs(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]
     def blank(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
-    def group(channels: int, side: int) -> Callable[[], object]:
-        x = blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
-        norm = nn.GroupNorm(32, channels, device=device, dtype=dtype)
-        return lambda: group_norm(x, norm, True, None)
+    def norm(channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(32, channels, device=device, dtype=dtype)
+
+    def small(channels: int) -> Callable[[], object]:
+        x = channels_last(channels, 8)
+        return lambda: normalised(x, torch.empty_like(x), norm(channels), True, None)
 
     def layer(features: int) -> Callable[[], object]:
-        x, norm = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
-        return lambda: layer_norm(x, norm, None)
+        x, layer = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
+        return lambda: layer_norm(x, layer, None)
 
-    x = blank(1, 320, 64, 64).contiguous(memory_format=torch.channels_last)
-    shift, tokens = blank(1, 320), blank(1, 64, 2560)
+    def channels_last(channels: int, side: int) -> Tensor:
+        return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+    x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
+    sums, line = torch.zeros(1, 32, 2, 320, device=device), torch.zeros(1, 2, 320, device=device)
     return [
-        *(group(channels, side) for channels, side in ((320, 64), (320, 8), (640, 8), (1280, 8), (2560, 8))),
-        *(layer(features) for features in (320, 640, 1280)),
-        lambda: shifted_sum(x, None, shift),
         lambda: gated(tokens),
+        *map(small, (320, 640, 1280, 2560)),
+        lambda: channel_sums(x),
+        lambda: lines(x, sums, norm(320), None),
+        lambda: applied(x, torch.empty_like(x), line, True),
+        *map(layer, (320, 640, 1280)),
+        lambda: shifted_sum(x, x, shift),
     ]
