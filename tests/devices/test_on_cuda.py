@@ -229,17 +229,26 @@ def test_recordings_follow_the_prompt_the_size_and_the_weights(psnr: Any) -> Non
         return pipe(**{"prompt": PROMPT, "seed": 1, **SETTINGS, **changes}).images
 
     calls = [{}, {"prompt": "a red car"}, {"height": 128}, {"guidance_scale": 1.0}, {}, {"prompt": ["a cat", "a dog"]}]
-    recorded = [drawn(**call) for call in calls]
-    pipe.unet.conv_out.bias.data.add_(0.05)  # in place: the recording reads it
-    recorded.append(drawn())
-    pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight * 0.9, requires_grad=False)  # elsewhere
-    recorded.append(drawn())
-    again = embedded(dtype=torch.float32)
-    again.disable_fast_paths()
-    pipe = again
-    plain = [drawn(**call) for call in calls]
-    pipe.unet.conv_out.bias.data.add_(0.05)
-    plain.append(drawn())
-    pipe.unet.conv_in.weight.data.mul_(0.9)
-    plain.append(drawn())
+    calls += [{"clip_skip": 1}, {"clip_skip": 1, "prompt": "a cat"}, {"clip_skip": 1}]
+
+    def change(pipe: Any) -> None:
+        """In place, which a recording reads, and elsewhere, which makes it another network."""
+        pipe.unet.conv_out.bias.data.add_(0.05)
+        pipe.text_encoder.text_model.final_layer_norm.bias.data.add_(0.05)
+
+    def replace(pipe: Any) -> None:
+        for layer in (pipe.unet.conv_in, pipe.text_encoder.text_model.final_layer_norm):
+            layer.weight = torch.nn.Parameter(layer.weight * 0.9, requires_grad=False)
+
+    def story() -> list[Any]:
+        pictures = [drawn(**call) for call in calls]
+        for alter in (change, replace):
+            alter(pipe)
+            pictures.append(drawn())
+        return pictures
+
+    recorded = story()
+    pipe = embedded(dtype=torch.float32)
+    pipe.disable_fast_paths()
+    plain = story()
     assert [psnr(a, b) >= 50 for a, b in zip(plain, recorded, strict=True)] == [True] * len(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import shutil
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 import russet
+from russet import attention
 from russet.devices import published
 from russet.devices.facts import mac, read_facts
 from russet.devices.plan import Plan, Request, plan
 from russet.errors import DoesNotFit
+from russet.models.transformer import TransformerBlock
 from russet.pipelines import placement
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
@@ -208,3 +211,26 @@ def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, m
     assert pipe.unet.dtype == torch.float32
     with pytest.raises(DoesNotFit):
         pipe("a horse", **FAST)
+
+
+def test_a_module_that_was_put_in_attends_as_the_plan_wants(own: Any) -> None:
+    own.enable_attention_slicing("max")
+    own("a boat", **FAST)
+    layer = next(module for module in own.unet.modules() if isinstance(module, TransformerBlock))
+    wanted, new = layer.attn1.attention, copy.deepcopy(layer.attn1)
+    new.attention = attention.fused
+    layer.attn1 = new
+    own("a boat", **FAST)
+    assert new.attention == wanted != attention.fused
+
+
+def test_weights_that_lie_elsewhere_are_prepared_again(own: Any) -> None:
+    plan = own.plan()
+    other = "contiguous" if plan.memory_format == "channels_last" else "channels_last"
+    conv = own.unet.conv_out
+    for memory_format in (plan.memory_format, other, plan.memory_format):
+        placement.prepare(own.unet, replanned(plan, memory_format=memory_format))
+        assert conv.weight.is_contiguous(memory_format=placement.MEMORY_FORMATS[memory_format])
+    conv.weight.data = conv.weight.data.contiguous(memory_format=placement.MEMORY_FORMATS[other])
+    placement.prepare(own.unet, plan)
+    assert conv.weight.is_contiguous(memory_format=placement.MEMORY_FORMATS[plan.memory_format])
