@@ -126,7 +126,7 @@ def conforms(value: Any, kind: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(conforms(value, option) for option in options)
     if origin is typing.Literal:
-        return value in options
+        return any(type(value) is type(option) and value == option for option in options)
     if origin is tuple:
         items = options[:1] * len(value) if isinstance(value, tuple) and options[-1] is ... else options
         return (
@@ -145,6 +145,8 @@ def conforms(value: Any, kind: Any) -> bool:
 
 def spelled(kind: Any) -> str:
     """An annotation as a person would write it."""
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind).replace("typing.", "")
 
 

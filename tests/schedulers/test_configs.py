@@ -71,7 +71,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("EulerDiscrete", {"timestep_type": "continuous"}, "timestep_type must be 'discrete'"),
     ("EulerDiscrete", {"interpolation_type": "log_linear"}, "interpolation_type must be 'linear'"),
     ("DPMSolverMultistep", {"use_flow_sigmas": True}, "use_flow_sigmas must be False"),
-    ("DPMSolverMultistep", {"solver_order": 4}, "solver_order must be 1 or 2 or 3"),
+    ("DPMSolverMultistep", {"solver_order": 4}, "solver_order must be 1 or 2 or 3, not 4"),
+    ("DPMSolverMultistep", {"solver_order": True}, "solver_order must be 1 or 2 or 3, not True"),
+    ("DPMSolverMultistep", {"solver_order": 2.0}, r"solver_order must be 1 or 2 or 3, not 2\.0"),
     ("DPMSolverMultistep", {"algorithm_type": "dpm"}, "algorithm_type must be"),
     ("DPMSolverMultistep", {"variance_type": "learned_range"}, "variance_type must be None"),
     ("DPMSolverMultistep", {"lambda_min_clipped": math.nan}, "lambda_min_clipped"),
@@ -140,6 +142,12 @@ def test_a_value_of_another_solver_is_read_as_the_default_and_kept() -> None:
     assert (deis.config.solver_type, deis.config.algorithm_type) == ("logrho", "deis")
     assert named.UniPCMultistepScheduler.from_config(deis.config).config.solver_type == "bh1"
     assert "_foreign_values" not in deis.config.to_dict()
+
+
+def test_a_change_wins_over_a_value_that_was_kept() -> None:
+    kept = named.DPMSolverMultistepScheduler.from_config(named.UniPCMultistepScheduler(solver_type="bh1").config).config
+    assert named.DPMSolverMultistepScheduler.from_config(kept, solver_type="heun").config.solver_type == "heun"
+    assert named.UniPCMultistepScheduler.from_config(kept, solver_type="bh2").config.solver_type == "bh2"
 
 
 def test_a_config_of_diffusers_itself_can_be_given() -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Literal
 
 from typing_extensions import Self
 
-from russet.config import Config, field_types
+from russet.config import Config, conforms, field_types
 
 UNSET, FOREIGN = "_use_default_values", "_foreign_values"  # never saved; the first is Diffusers' name for it
 
@@ -23,17 +23,17 @@ BY_SIGMA = ("karras", "exponential", "beta", "kl_optimal", "align_your_steps", "
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")  # learned ones are not supported
 
 
-class Key(NamedTuple):
-    """default: the usual one; a class may have another. kind: the type, where it is not the default's.
+class Key:
+    """default: the usual one; a class may have another. least, most: both included.
 
-    choices: groups of values; a class knows the group that its default is in. least, most: both included.
+    kinds: the types that it may be of, where that is not the default's; a class takes the first that its default is of.
     """
 
-    default: Any
-    kind: Any = None
-    choices: tuple[tuple[Any, ...], ...] = ()
-    least: float = -math.inf
-    most: float = math.inf
+    def __init__(self, default: Any, *kinds: Any, least: float = -math.inf, most: float = math.inf):
+        self.default, self.kinds, self.least, self.most = default, kinds, least, most
+
+    def kind(self, default: Any) -> Any:
+        return next((kind for kind in self.kinds if conforms(default, kind)), type(default))
 
 
 KEYS: Mapping[str, Key] = {
@@ -41,12 +41,12 @@ KEYS: Mapping[str, Key] = {
     # the noise that the model was trained with, and what its output means
     "beta_start": Key(0.0001),
     "beta_end": Key(0.02),
-    "beta_schedule": Key("linear", choices=(("linear", "scaled_linear", "squaredcos_cap_v2"),)),
+    "beta_schedule": Key("linear", Literal["linear", "scaled_linear", "squaredcos_cap_v2"]),
     "trained_betas": Key(None, tuple[float, ...] | None),
-    "prediction_type": Key("epsilon", choices=(("epsilon", "v_prediction", "sample"),)),
+    "prediction_type": Key("epsilon", Literal["epsilon", "v_prediction", "sample"]),
     "rescale_betas_zero_snr": Key(False),  # the last timestep is pure noise (arXiv:2305.08891)
     # where the steps are (arXiv:2305.08891, table 2), or noise levels of their own
-    "timestep_spacing": Key("linspace", choices=((*EVEN, *BY_SIGMA),)),
+    "timestep_spacing": Key("linspace", Literal[EVEN + BY_SIGMA]),
     "steps_offset": Key(0, least=0),
     "use_karras_sigmas": Key(False),
     "use_exponential_sigmas": Key(False),
@@ -55,7 +55,7 @@ KEYS: Mapping[str, Key] = {
     "sigma_min": Key(None, float | None),
     "sigma_max": Key(None, float | None),
     "lambda_min_clipped": Key(-math.inf, Any),  # JSON has -Infinity, a float of a config has not
-    "final_sigmas_type": Key("zero", choices=(("zero", "sigma_min"),)),
+    "final_sigmas_type": Key("zero", Literal["zero", "sigma_min"]),
     "set_alpha_to_one": Key(True),
     # limits of the predicted image; dynamic thresholding is arXiv:2205.11487, section 2.3
     "clip_sample": Key(False),
@@ -64,13 +64,13 @@ KEYS: Mapping[str, Key] = {
     "dynamic_thresholding_ratio": Key(0.995, least=0, most=1),
     "sample_max_value": Key(1.0),
     # of single solvers
-    "variance_type": Key(None, str | None, ((None,), VARIANCES)),
+    "variance_type": Key(None, Literal[None], Literal[VARIANCES]),
     "skip_prk_steps": Key(False),
-    "solver_order": Key(2, choices=((1, 2, 3),)),
+    "solver_order": Key(2, Literal[1, 2, 3]),
     "algorithm_type": Key(
-        "dpmsolver++", choices=(("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"), ("deis",))
+        "dpmsolver++", Literal["dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"], Literal["deis"]
     ),
-    "solver_type": Key("midpoint", choices=(("midpoint", "heun"), ("bh1", "bh2"), ("logrho",))),
+    "solver_type": Key("midpoint", Literal["midpoint", "heun"], Literal["bh1", "bh2"], Literal["logrho"]),
     "lower_order_final": Key(True),
     "euler_at_final": Key(False),
     "predict_x0": Key(True),
@@ -85,14 +85,14 @@ KEYS: Mapping[str, Key] = {
     "restart_sigma_min": Key(0.1),
     "restart_sigma_max": Key(2.0),
     # flow matching and continuous time, which are not supported
-    "interpolation_type": Key("linear", choices=(("linear",),)),
-    "timestep_type": Key("discrete", choices=(("discrete",),)),
-    "use_flow_sigmas": Key(False, choices=((False,),)),
+    "interpolation_type": Key("linear", Literal["linear"]),
+    "timestep_type": Key("discrete", Literal["discrete"]),
+    "use_flow_sigmas": Key(False, Literal[False]),
     "flow_shift": Key(1.0),
-    "use_dynamic_shifting": Key(False, choices=((False,),)),
+    "use_dynamic_shifting": Key(False, Literal[False]),
     "time_shift_type": Key("exponential"),
-    "shift_terminal": Key(None, Any, ((None,),)),
-    "solver_p": Key(None, Any, ((None,),)),
+    "shift_terminal": Key(None, Literal[None]),
+    "solver_p": Key(None, Literal[None]),
 }
 
 # Keys that go together
@@ -113,8 +113,6 @@ class SchedulerConfig(Config):
 
     num_train_timesteps: int = KEYS["num_train_timesteps"].default
 
-    known: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # what the class's keys with choices may say
-
     def key(self, name: str) -> Any:
         """A value; the usual default for a key that the class does not have, whatever was kept from another class."""
         return getattr(self, name) if name in field_types(type(self)) else KEYS[name].default
@@ -122,20 +120,17 @@ class SchedulerConfig(Config):
     def check(self) -> None:
         fields, steps = field_types(type(self)), self.num_train_timesteps
         for name in fields:
-            value, key = self[name], KEYS[name]
-            if key.choices:
-                wanted = " or ".join(map(repr, self.known[name]))
-                self.require(value in self.known[name], f"{name} must be {wanted}, not {value!r}")
-            upper = f"..{key.most}" if key.most < math.inf else " or more"
-            inside = key.least == -math.inf or key.least <= value <= key.most
-            self.require(inside, f"{name} must be {key.least}{upper}, not {value}")
+            least, most = KEYS[name].least, KEYS[name].most
+            if least > -math.inf:
+                upper = f"..{most}" if most < math.inf else " or more"
+                self.require(least <= self[name] <= most, f"{name} must be {least}{upper}, not {self[name]}")
         betas, lowest = self.key("trained_betas"), self.key("lambda_min_clipped")
         used = betas or (self.key("beta_start"), self.key("beta_end"))
         self.require(all(0 < beta <= 1 for beta in used), "a beta must be above 0, and 1 at most")
         fits = betas is None or len(betas) == steps
         self.require(fits, f"trained_betas must have one value for each of the {steps} num_train_timesteps")
         self.require(sum(map(self.key, SIGMAS)) <= 1, f"only one of {', '.join(SIGMAS)} can be set")
-        number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool) and lowest < math.inf
+        number = lowest == -math.inf or conforms(lowest, float)
         self.require(number, f"lambda_min_clipped must be a number below infinity, not {lowest!r}")
         within = "original_inference_steps" not in fields or self.key("original_inference_steps") <= steps
         self.require(within, f"original_inference_steps must be {steps}, the num_train_timesteps, or less")
@@ -148,23 +143,20 @@ class SchedulerConfig(Config):
         return cls.merged(config or {}, changes)
 
     @classmethod
-    def merged(cls, config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> Self:
-        """A config with changes made to it; a key that is changed has been given."""
-        if not isinstance(config, Mapping):
-            return cls.from_dict(config, where)  # which refuses it
-        unset = [name for name in config.get(UNSET, ()) if name not in changes]
-        return cls.from_dict({**config, **changes, UNSET: unset}, where)
+    def from_dict(cls, data: Mapping[str, Any], where: str = "") -> Self:
+        return cls.merged(data, {}, where)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "") -> Self:
-        if isinstance(data, Mapping):
-            unset = data.get(UNSET, ())
-            data = {**{name: v for name, v in data.items() if name not in unset}, **data.get(FOREIGN, {})}
-            elsewhere = {name: [value for group in KEYS[name].choices for value in group] for name in cls.known}
-            odd = [n for n, own in cls.known.items() if data.get(n) not in own and data.get(n) in elsewhere[n]]
-            data[FOREIGN] = {name: data.pop(name) for name in odd if name in data}
-            data[UNSET] = [name for name in field_types(cls) if name not in data]
-        return super().from_dict(data, where)
+    def merged(cls, config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> Self:
+        """A config with changes made to it; they win over what was kept for this class, and count as given."""
+        if isinstance(config, Mapping):  # what is none is refused by the base
+            kept, unset, kinds = config.get(FOREIGN, {}), config.get(UNSET, ()), field_types(cls)
+            config = {**{name: value for name, value in config.items() if name not in unset}, **kept, **changes}
+            odd = [name for name in config.keys() & kinds.keys() if not conforms(config[name], kinds[name])]
+            foreign = [name for name in odd if any(conforms(config[name], kind) for kind in KEYS[name].kinds)]
+            config[FOREIGN] = {name: config.pop(name) for name in foreign}
+            config[UNSET] = [name for name in kinds if name not in config]
+        return super().from_dict(config, where)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name not in (UNSET, FOREIGN)}
@@ -176,9 +168,8 @@ def config_class(owner: type, keys: Sequence[str], defaults: Mapping[str, Any]) 
     It is named after the scheduler, in errors and in pickles.
     """
     own = {**{name: KEYS[name].default for name in keys}, **defaults}
-    known = {name: group for name, value in own.items() for group in KEYS[name].choices if value in group}
-    fields = [(name, KEYS[name].kind or type(value), dataclasses.field(default=value)) for name, value in own.items()]
-    how: Any = {"bases": (SchedulerConfig,), "namespace": {"known": known}, "frozen": True, "kw_only": True}
+    fields = [(name, KEYS[name].kind(value), dataclasses.field(default=value)) for name, value in own.items()]
+    how: Any = {"bases": (SchedulerConfig,), "frozen": True, "kw_only": True}
     made: type[SchedulerConfig] = dataclasses.make_dataclass(owner.__name__, fields, **how)
     made.__module__, made.__qualname__ = owner.__module__, f"{owner.__name__}.config_class"
     return made
