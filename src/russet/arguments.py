@@ -30,6 +30,14 @@ def number(name: str, value: Any, *, least: float | None = None, most: float | N
     return in_range(name, float(value), least, most)
 
 
+def scalar(name: str, value: Any) -> float:
+    """One number: of Python or NumPy, or a tensor with one element."""
+    single = value.numel() == 1 if isinstance(value, Tensor) else hasattr(value, "__float__")
+    if not single or isinstance(value, (bool, str)):
+        raise ArgumentTypeError(f"{name} must be one number, not {shown(value)}")
+    return float(value)
+
+
 def in_range(name: str, value: float, least: float | None, most: float | None) -> float:
     if least is not None and value < least:
         raise InputError(f"{name} must be at least {least}, not {value}")
@@ -89,6 +97,21 @@ def falling(name: str, values: Sequence[float]) -> None:
     for before, after in itertools.pairwise(values):
         if after >= before:
             raise InputError(f"{name} must fall from step to step; {after:g} comes after {before:g}")
+
+
+def timesteps(name: str, values: Sequence[float], last: float, whole: bool = False) -> None:
+    """Raises InputError unless all lie in a table of 0..last, and are whole numbers where they have to be."""
+    for t in values:
+        if not 0 <= t <= last:
+            raise InputError(f"{name} must lie in 0..{last:g}, where the model was trained; {t:g} does not")
+        if whole and t != round(t):
+            raise InputError(f"{name} must be whole numbers for this scheduler; {t:g} is none")
+
+
+def exactly_one(ways: Mapping[str, Any]) -> None:
+    """Raises InputError unless one of the arguments is given, and no other."""
+    if len(given := [name for name, value in ways.items() if value is not None]) != 1:
+        raise InputError(f"give exactly one of {', '.join(ways)}, not {' and '.join(given) or 'none'}")
 
 
 def span(name: str, value: Any) -> tuple[float, float]:

@@ -26,6 +26,8 @@ from torch import Generator, Tensor
 
 from russet.errors import InputError
 
+Seeds = int | Sequence[int] | None
+
 LEAVES = 2**20  # of the tree: a hundredth of a step where a run has 1000
 SPAN = 40.0  # log2 of the clock runs from -SPAN to SPAN
 
@@ -83,7 +85,7 @@ class Noise:
     def __call__(self) -> Tensor:
         return self.draw()
 
-    def path(self, seed: int | Sequence[int] | None = None) -> Callable[[float, float], Tensor]:
+    def path(self, seed: Seeds = None) -> Callable[[float, float], Tensor]:
         """The increments of one Brownian path per image, each divided by its deviation: standard normal [B, C, h, w].
 
         The function returned takes two noise levels, from a down to b. seed: one for all images or one for each; None
@@ -102,7 +104,7 @@ class Noise:
         return between
 
 
-def seeds_of(seed: int | Sequence[int] | None, first: Tensor) -> list[object]:
+def seeds_of(seed: Seeds, first: Tensor) -> list[object]:
     """A seed for each image; without ``seed``, the bits of the first two values of its noise."""
     if seed is None:
         rows: list[list[int]] = first.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int32).tolist()

@@ -128,6 +128,12 @@ def test_a_class_of_ones_own_has_the_solver_that_it_names() -> None:
         assert len(Own.from_config(base(**SD).config).schedule(5).timesteps) == 9
 
 
+def test_a_class_of_ones_own_says_nothing_that_would_be_ignored() -> None:
+    for row in ({"ordre": 2}, {"clip_sample": False}):
+        with pytest.raises(TypeError, match=f"Own: {next(iter(row))} is no attribute of schedulers"):
+            type("Own", (named.DDIMScheduler,), {}, **row)
+
+
 def test_a_schedule_can_be_run_any_number_of_times() -> None:
     schedule = make(named.UniPCMultistepScheduler).schedule(5)
     first, second = (finish(schedule.run(normal(1), Counted())) for _ in range(2))

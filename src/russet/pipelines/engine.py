@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from russet.models.autoencoder import Autoencoder
-from russet.schedulers.scheduler import Run
+from russet.schedulers.schedule import Run
 
 Predict = Callable[[Tensor, float], Tensor]
 

@@ -15,7 +15,7 @@ from russet.pipelines import engine, rescue
 from russet.pipelines.guidance import Conditioning, predictor
 from russet.pipelines.request import CALLBACK_TENSORS, TextToImage
 from russet.random_streams import NoiseSource
-from russet.schedulers.scheduler import Run, Schedule
+from russet.schedulers.schedule import Run, Schedule
 
 if TYPE_CHECKING:
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline

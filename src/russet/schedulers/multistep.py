@@ -16,7 +16,7 @@ from torch import Tensor
 
 from russet.random_streams import Noise
 from russet.schedulers.noise import Point
-from russet.schedulers.solvers import Steps, pairs, plus
+from russet.schedulers.solvers import Points, Steps, pairs, plus
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ Start = Callable[[Seen, Point], Steps]
 
 def multistep(
     x: Tensor,
-    points: Sequence[Point],
+    points: Points,
     end: Point,
     noise: Noise,
     rule: Rule,
@@ -149,7 +149,7 @@ class Exponential:
 
 
 def singlestep(
-    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, method: Exponential, orders: Sequence[int]
+    x: Tensor, points: Points, end: Point, noise: Noise, method: Exponential, orders: Sequence[int]
 ) -> Steps:
     """DPM-Solver and DPM-Solver++ in groups of one to three points that start afresh (arXiv:2206.00927).
 
@@ -170,7 +170,7 @@ def singlestep(
     return x
 
 
-def pndm(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, start: Start, starts: int) -> Steps:
+def pndm(x: Tensor, points: Points, end: Point, noise: Noise, start: Start, starts: int) -> Steps:
     """PNDM (arXiv:2202.09778): the first ``starts`` steps by ``start``, the others by Adams-Bashforth, fourth order."""
     past: list[Seen] = []
     for i, (a, b) in enumerate(pairs(points, end)):

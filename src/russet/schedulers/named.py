@@ -23,11 +23,14 @@ from russet.schedulers.scheduler import Scheduler
 from russet.schedulers.solvers import Solver
 
 LIMITED = (*SPACED, *CLIPPING, *THRESHOLDING, *ZERO_SNR)
-EULER = (*SPACED, *SIGMAS, *RANGE, *ZERO_SNR, "interpolation_type", "timestep_type")
+K_DIFFUSION = (*SPACED, *SIGMAS)
+EULER = (*K_DIFFUSION, *RANGE, *ZERO_SNR, "interpolation_type", "timestep_type")
 DPM = (*HIGH_ORDER, "algorithm_type", "final_sigmas_type", "lambda_min_clipped", "variance_type")
 MULTISTEP = (*SPACED, *ZERO_SNR, *DPM, "euler_at_final", "use_lu_lambdas")
 UNIPC = (*SPACED, *ZERO_SNR, *RANGE, *HIGH_ORDER, "predict_x0", "disable_corrector", "solver_p", "shift_terminal")
 DISTILLED = (*LIMITED, "set_alpha_to_one", "original_inference_steps", "timestep_scaling")
+CHURNED = (*EULER, "s_churn", "s_tmin", "s_tmax")
+RESTARTED = (*K_DIFFUSION, *CLIPPING, "restart_times", "restart_sigma_min", "restart_sigma_max")
 SD: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's own
 IPNDM = partial(multistep.multistep, rule=partial(multistep.adams, even=True), order=4)
 SHORT = 15  # steps; in runs of fewer, the solvers of DPM-Solver's kind lower their order towards the end
@@ -70,11 +73,8 @@ class PNDMScheduler(Scheduler, keys=SPACED, timestep_spacing="leading", skip_prk
         return list(range(len(plan.calls)))
 
 
-class VarianceExploding(Scheduler):
+class VarianceExploding(Scheduler, variance_preserving=False, whole=False):
     """The schedulers of k-diffusion: latents are x0 + sigma * eps, timesteps may be fractional."""
-
-    variance_preserving = False
-    whole = False
 
 
 class EulerDiscreteScheduler(VarianceExploding, keys=EULER, solver=solvers.euler):
@@ -87,7 +87,7 @@ class EulerAncestralDiscreteScheduler(
     """Euler's method with ancestral noise: "Euler a"."""
 
 
-class LMSDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS)):
+class LMSDiscreteScheduler(VarianceExploding, keys=K_DIFFUSION):
     """Linear multistep of the orders 1 to 4 (``order``)."""
 
     options: ClassVar[Mapping[str, Any]] = {"order": 4}
@@ -98,22 +98,18 @@ class LMSDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS)):
         return partial(multistep.multistep, rule=multistep.adams, order=options["order"])
 
 
-class HeunDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS, *CLIPPING), solver=solvers.heun, **SD):
+class HeunDiscreteScheduler(VarianceExploding, keys=(*K_DIFFUSION, *CLIPPING), order=2, solver=solvers.heun, **SD):
     """Heun's method (arXiv:2206.00364, algorithm 1)."""
 
-    order = 2
 
-
-class KDPM2DiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS), **SD):
+class KDPM2DiscreteScheduler(VarianceExploding, keys=K_DIFFUSION, order=2, **SD):
     """DPM-Solver-2 (arXiv:2206.00927) as k-diffusion has it: "DPM2"."""
-
-    order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
         return partial(solvers.dpm2, at=self.point_of)
 
     def point(self, t: float, sigma: float, schedule: str = "") -> Point:
-        return Point(float(round(t)) if schedule == "karras" else t, sigma)
+        return super().point(round(t) if schedule == "karras" else t, sigma)
 
 
 class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
@@ -123,69 +119,54 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
         return partial(solvers.dpm2, at=self.point_of, eta=1.0)
 
 
-class DPMSolverSDEScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS, "noise_sampler_seed"), **SD):
+class DPMSolverSDEScheduler(VarianceExploding, keys=(*K_DIFFUSION, "noise_sampler_seed"), order=2, **SD):
     """DPM-Solver++ (SDE) with the noise of one Brownian path per image: "DPM++ SDE"."""
-
-    order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
         return partial(solvers.dpmpp_sde, at=self.point_of, seed=self.key("noise_sampler_seed"))
 
 
-class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP):
+class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP, spare=1, takes_variance_noise=True):
     """DPM-Solver and DPM-Solver++ that remember, 1M to 3M, and their SDE forms (arXiv:2206.00927, 2211.01095)."""
 
-    spare = 1
-    takes_variance_noise = True
-
     def solver(self, steps: int, **options: Any) -> Solver:
-        tail = max(self.tail(steps), int(self.key("euler_at_final")))
-        return partial(multistep.multistep, rule=self.method(), order=self.key("solver_order"), tail=tail)
+        order, lowered = self.key("solver_order"), self.key("lower_order_final") and steps < SHORT
+        tail = order if lowered else int(self.key("euler_at_final"))
+        return partial(multistep.multistep, rule=self.method(), order=order, tail=tail)
 
     def method(self) -> Exponential:
         name = self.key("algorithm_type")
         return Exponential(self.key("solver_type"), data=name.endswith("++"), sde=name.startswith("sde"))
 
-    def tail(self, steps: int) -> int:
-        """How many of the last steps are made with no higher an order than there are steps left."""
-        return int(self.key("solver_order")) if self.key("lower_order_final") and steps < SHORT else 0
 
-
-class DPMSolverSinglestepScheduler(DPMSolverMultistepScheduler, keys=DPM, lower_order_final=False):
+class DPMSolverSinglestepScheduler(
+    DPMSolverMultistepScheduler, keys=DPM, lower_order_final=False, takes_variance_noise=False
+):
     """DPM-Solver and DPM-Solver++ in groups of steps that remember nothing of each other: "DPM++ 2S"."""
 
-    takes_variance_noise = False
-
     def solver(self, steps: int, **options: Any) -> Solver:
-        return partial(multistep.singlestep, method=self.method(), orders=self.orders(steps))
-
-    def orders(self, steps: int) -> list[int]:
-        """Groups 1, 2, … order; with ``lower_order_final``, or where the steps do not fit, the last one is shorter."""
-        order: int = self.key("solver_order")
-        zero = self.key("final_sigmas_type") == "zero"
-        group = [*range(1, order + 1)]
-        if steps % order == 0 and not self.key("lower_order_final") and not zero:
-            return group * (steps // order)
-        rest = steps % order or order
-        last = [*group[:-1], 1] if rest == order else group[:rest]
-        return [*group * ((steps - rest) // order), *last[:-1], 1 if zero else last[-1]]
+        order, zero = self.key("solver_order"), self.key("final_sigmas_type") == "zero"
+        orders = [1 + step % order for step in range(steps)]
+        if zero or (self.key("lower_order_final") and orders[-1] == order):
+            orders[-1] = 1
+        return partial(multistep.singlestep, method=self.method(), orders=orders)
 
 
 class DEISMultistepScheduler(
-    DPMSolverMultistepScheduler, keys=(*SPACED, *HIGH_ORDER), algorithm_type="deis", solver_type="logrho"
+    DPMSolverMultistepScheduler,
+    keys=(*SPACED, *HIGH_ORDER),
+    algorithm_type="deis",
+    solver_type="logrho",
+    takes_variance_noise=False,
 ):
     """DEIS (arXiv:2204.13902), its log-rho form."""
-
-    takes_variance_noise = False
 
     def end(self) -> Point:
         return Point(0.0, self.table.sigma(0))
 
 
-class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2"):
+class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2", spare=1):
     """UniPC (arXiv:2302.04867) of the orders 1 to 3, a predictor with a corrector."""
-
-    spare = 1
 
     def solver(self, steps: int, **options: Any) -> Solver:
         order, rule = self.key("solver_order"), Exponential(self.key("solver_type"), data=self.key("predict_x0"))
@@ -194,10 +175,8 @@ class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2"):
         return partial(multistep.multistep, rule=rule, order=order, tail=tail, corrected=corrected)
 
 
-class IPNDMScheduler(Scheduler, keys=("trained_betas",), solver=IPNDM):
+class IPNDMScheduler(Scheduler, keys=("trained_betas",), whole=False, solver=IPNDM):
     """The improved PNDM of arXiv:2204.13902 on noise levels of its own, for models that predict v at t in 0..1."""
-
-    whole = False
 
     def make_table(self) -> Table:
         return CosineTable()
@@ -248,11 +227,7 @@ class TCDScheduler(LCMScheduler):
 # -- Russet's own
 
 
-class EulerChurnScheduler(
-    EulerDiscreteScheduler,
-    keys=(*EULER, "s_churn", "s_tmin", "s_tmax"),
-    solver=partial(solvers.heun, second=False),
-):
+class EulerChurnScheduler(EulerDiscreteScheduler, keys=CHURNED, solver=partial(solvers.heun, second=False)):
     """Euler's method that adds a little noise before each step but the first (arXiv:2206.00364, algorithm 2).
 
     differs from Diffusers, whose ``step(s_churn=…)`` adds the noise after the model was called.
@@ -266,25 +241,18 @@ class EulerChurnScheduler(
         return [first, *(up if low <= p.sigma <= high else p for p, up in zip(rest, raised, strict=True))]
 
 
-class DPMSolverSinglestepAncestralScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS), **SD):
+class DPMSolverSinglestepAncestralScheduler(VarianceExploding, keys=K_DIFFUSION, order=2, **SD):
     """DPM-Solver++(2S) with ancestral noise: k-diffusion's "DPM++ 2S a"."""
-
-    order = 2
 
     def solver(self, steps: int, **options: Any) -> Solver:
         return partial(solvers.dpm2, at=self.point_of, data=True, eta=1.0)
 
 
-class IPNDMDiscreteScheduler(VarianceExploding, keys=(*SPACED, *SIGMAS), solver=IPNDM):
+class IPNDMDiscreteScheduler(VarianceExploding, keys=K_DIFFUSION, solver=IPNDM):
     """The improved PNDM on the noise that the model was trained with."""
 
 
-class RestartScheduler(
-    HeunDiscreteScheduler,
-    keys=(*SPACED, *SIGMAS, *CLIPPING, "restart_times", "restart_sigma_min", "restart_sigma_max"),
-    use_karras_sigmas=True,
-    **SD,
-):
+class RestartScheduler(HeunDiscreteScheduler, keys=RESTARTED, use_karras_sigmas=True, **SD):
     """Restart sampling (arXiv:2306.14878): Heun's method that, near the end, adds noise and goes down once more.
 
     Of 20 steps or more, a quarter goes to each of ``restart_times`` ways from ``restart_sigma_max`` down again.
@@ -302,19 +270,13 @@ class RestartScheduler(
         return [*down[:low], *(dataclasses.replace(point) for _ in range(times) for point in loop), *down[low:]]
 
 
-class EulerCFGPPScheduler(EulerDiscreteScheduler):
+class EulerCFGPPScheduler(EulerDiscreteScheduler, needs_unconditional=True):
     """Euler's method by CFG++ (arXiv:2406.08070): the guided image with the unguided noise; guidance 0..1."""
 
-    needs_unconditional = True
 
-
-class EulerAncestralCFGPPScheduler(EulerAncestralDiscreteScheduler):
+class EulerAncestralCFGPPScheduler(EulerAncestralDiscreteScheduler, needs_unconditional=True):
     """Euler a by CFG++ (arXiv:2406.08070)."""
 
-    needs_unconditional = True
 
-
-class DDIMCFGPPScheduler(DDIMScheduler):
+class DDIMCFGPPScheduler(DDIMScheduler, needs_unconditional=True):
     """DDIM by CFG++ (arXiv:2406.08070, algorithm 2)."""
-
-    needs_unconditional = True

@@ -19,27 +19,27 @@ from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Solver
 
 
+def of_unit_variance(x: Tensor, sigma: float | Tensor) -> Tensor:
+    """Latents x0 + sigma * eps as the model takes them."""
+    return x / (1 + sigma**2) ** 0.5
+
+
 @dataclass(frozen=True)
 class Border:
-    """Between the solver's latents, x = x0 + sigma * eps, and what is outside: the public latents and the model.
+    """Between the solver's latents, x = x0 + sigma * eps, and what is outside: the public latents and the model."""
 
-    variance_preserving: the public latents are x / sqrt(1 + sigma²), as the model sees them; else they are x.
-    limited: what is done to a predicted x0, clipping or thresholding. keeps_noise: the limit moves x along with x0, so
-    that the noise the model saw is kept.
-    """
-
-    variance_preserving: bool
-    prediction_type: str
-    limited: Callable[[Tensor], Tensor] | None = None
-    keeps_noise: bool = False
+    variance_preserving: bool  # the public latents are x / sqrt(1 + sigma²), as the model sees them; else they are x
+    prediction_type: str  # epsilon, v_prediction or sample
+    limited: Callable[[Tensor], Tensor] | None = None  # what is done to a predicted x0: clipping or thresholding
+    keeps_noise: bool = False  # the limit moves x along with x0, so that the noise the model saw is kept
 
     def inward(self, x: Tensor, sigma: float) -> Tensor:
         return x * math.sqrt(1 + sigma**2) if self.variance_preserving else x
 
-    def outward(self, x: Tensor, sigma: float) -> Tensor:
-        return x / math.sqrt(1 + sigma**2) if self.variance_preserving else x
+    def outward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        return of_unit_variance(x, sigma) if self.variance_preserving else x
 
-    def noisy(self, x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    def noisy(self, x0: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
         """An image's latents with standard normal noise at a noise level, in the public convention."""
         return self.outward(x0.float() + sigma * noise.float(), sigma).to(x0.dtype)
 
@@ -52,39 +52,25 @@ class Border:
         return output
 
 
-def clipped(limit: float) -> Callable[[Tensor], Tensor]:
-    return lambda x0: x0.clamp(-limit, limit)
-
-
-def thresholded(ratio: float, most: float) -> Callable[[Tensor], Tensor]:
+def thresholded(x0: Tensor, ratio: float, most: float) -> Tensor:
     """Dynamic thresholding (arXiv:2205.11487, section 2.3): each image scaled so that its ``ratio`` quantile fits."""
-
-    def limit(x0: Tensor) -> Tensor:
-        ordered = x0.abs().flatten(1).sort(dim=1).values  # not every torch has quantile and lerp on mps
-        place = ratio * (ordered.shape[1] - 1)
-        low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
-        s = (low + (high - low) * (place - math.floor(place))).clamp(1, most).view(-1, *[1] * (x0.dim() - 1))
-        return torch.maximum(torch.minimum(x0, s), -s) / s
-
-    return limit
+    ordered = x0.abs().flatten(1).sort(dim=1).values  # not every torch has quantile and lerp on mps
+    place = ratio * (ordered.shape[1] - 1)
+    low, high = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+    s = (low + (high - low) * (place - math.floor(place))).clamp(1, most).view(-1, *[1] * (x0.dim() - 1))
+    return torch.maximum(torch.minimum(x0, s), -s) / s
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Where the model will be evaluated, and by which solver. Immutable: any number of runs may share it.
+    """Where the model will be evaluated, and by which solver. Immutable: any number of runs may share it."""
 
-    points: where each step starts, noisiest first; end: where the last one goes.
-    init_noise_sigma: what standard normal noise is multiplied with to start from the first point.
-    order: model calls a step, as Diffusers counts them. needs_unconditional: ``Run.send`` must be told that output too.
-    """
-
-    points: tuple[Point, ...]
-    end: Point
+    points: tuple[Point, ...]  # where each step starts, noisiest first
+    end: Point  # where the last one goes
     solver: Solver
     border: Border
-    init_noise_sigma: float
-    order: int = 1
-    needs_unconditional: bool = False
+    init_noise_sigma: float  # what standard normal noise is multiplied with to start from the first point
+    needs_unconditional: bool = False  # ``Run.send`` must be told the output without the prompt too
 
     @functools.cached_property
     def calls(self) -> tuple[Point, ...]:
@@ -146,9 +132,9 @@ class Run:
         self.dtype = x.dtype
         self.noise = noise
         self.x0: Tensor | None = None
-        self._steps = schedule.solver(x, schedule.points, schedule.end, noise)
-        _, point = next(self._steps)
-        self._arrive(schedule.border.inward(x.float(), point.sigma), point)
+        start = schedule.border.inward(x.float(), schedule.points[0].sigma)
+        self._steps = schedule.solver(start, schedule.points, schedule.end, noise)
+        self._arrive(*next(self._steps))
 
     def _arrive(self, x: Tensor, point: Point | None) -> None:
         self._x, self.point, self.t = x, point, None if point is None else point.t
@@ -172,7 +158,7 @@ class Run:
     @property
     def model_input(self) -> Tensor:
         """The latents as the model takes them, of unit variance."""
-        return (self._x / math.sqrt(1 + self.sigma**2)).to(self.dtype)
+        return of_unit_variance(self._x, self.sigma).to(self.dtype)
 
     def add_noise(self, x0: Tensor, noise: Tensor) -> Tensor:
         """Another image's latents at the present noise level, in the public convention: to blend into ``latents``."""

@@ -7,7 +7,6 @@ number of threads. ``set_timesteps`` and ``step`` are the same in Diffusers' for
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,23 +16,19 @@ from torch import Generator, Tensor
 
 from russet import arguments
 from russet.config import field_types
-from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
+from russet.errors import InputError, UnsupportedArgument
 from russet.random_streams import Noise, draw
-from russet.schedulers.schedule import Run, Schedule
+from russet.schedulers.schedule import Run, Schedule, of_unit_variance
 from russet.schedulers.timetable import Timetable
 
-__all__ = ["Run", "Schedule", "Scheduler", "SchedulerOutput"]
 Times = float | Sequence[float] | Tensor
 
 
 class SchedulerOutput(NamedTuple):
-    """What ``step`` returns. Both [B, C, h, w], of the dtype of the sample.
+    """What ``step`` returns. Both [B, C, h, w], of the dtype of the sample."""
 
-    prev_sample: the latents for the next step. pred_original_sample: the image that the model saw in them.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
+    prev_sample: Tensor  # the latents for the next step
+    pred_original_sample: Tensor  # the image that the model saw in them
 
 
 class Scheduler(Timetable):
@@ -54,8 +49,6 @@ class Scheduler(Timetable):
         self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
         self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
-        self._told: list[float] = []  # the timesteps, as numbers of the host
-        self._starts: dict[float, int] = {}  # the first call at each timestep that a step begins at
         self._forget()
 
     def _forget(self) -> None:
@@ -68,17 +61,10 @@ class Scheduler(Timetable):
         return self.config.num_train_timesteps
 
     @property
-    def compatibles(self) -> list[type[Scheduler]]:
+    def compatibles(self) -> list[type[Timetable]]:
         """The classes that this one's config can be given to: those on trained noise, or this one alone."""
-
-        def below(cls: type[Scheduler]) -> list[type[Scheduler]]:
-            return [other for child in cls.__subclasses__() for other in (child, *below(child))]
-
-        def trained(cls: type[Scheduler]) -> bool:
-            return "beta_start" in field_types(cls.config_class)
-
-        known = [cls for cls in below(Scheduler) if hasattr(cls, "config_class")]
-        return [cls for cls in known if trained(cls) == trained(type(self))]
+        trained = "beta_start" in field_types(self.config_class)
+        return [cls for cls in self.classes if ("beta_start" in field_types(cls.config_class)) is trained]
 
     # -- the run in progress
 
@@ -94,24 +80,24 @@ class Scheduler(Timetable):
         """Lays out the next run; see ``schedule``. ``timesteps`` [calls] is put on the device."""
         arguments.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
-        told = torch.tensor(plan.timesteps).to(torch.int64 if self.whole else torch.float32)  # mps has no float64
-        self._plan, self._told = plan, told.tolist()
-        self._starts = {self._told[call]: call for call in reversed(self.starts(plan))}
-        self.timesteps = told.to(device)
+        self._plan = plan
+        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.int64 if self.whole else torch.float32).to(device)
         self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma])
         self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
         self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says that the run begins at ``timesteps[begin_index]`` (image to image)."""
-        self.begin_index = arguments.integer("begin_index", begin_index, least=0)
+        begin_index = arguments.integer("begin_index", begin_index, least=0)
+        self._forget()
+        self.begin_index = self.step_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The latents as the model takes them at a timestep."""
         if self.variance_preserving:
             return sample
-        sigma = self._set_up().calls[self._call_of(timestep)].sigma
-        return (sample.float() / math.sqrt(1 + sigma**2)).to(sample.dtype)
+        plan, call = self._locate(timestep)
+        return of_unit_variance(sample.float(), plan.calls[call].sigma).to(sample.dtype)
 
     def step(
         self,
@@ -141,7 +127,7 @@ class Scheduler(Timetable):
         sample = arguments.batch("sample", sample)
         output = arguments.batch("model_output", model_output, like=sample)
         noise = self._noise(sample, generator, variance_noise)
-        plan, call, options = self._set_up(), self._call_of(timestep), self.read_options(options, eta)
+        (plan, call), options = self._locate(timestep), self.read_options(options, eta)
         if self._run is None:
             solver, border = self.solver(len(plan.points), **options), self.border(**options)
             plan = self.from_call(dataclasses.replace(plan, solver=solver, border=border), call)
@@ -157,39 +143,29 @@ class Scheduler(Timetable):
         assert run.x0 is not None
         return SchedulerOutput(run.latents, run.x0) if return_dict else (run.latents, run.x0)
 
-    def _set_up(self) -> Schedule:
+    def _locate(self, timestep: float | Tensor | None) -> tuple[Schedule, int]:
+        """The plan, and the call that a timestep means: the next or, at first, the first that begins a step there."""
         if self._plan is None:
             raise InputError("call set_timesteps before the first step")
-        return self._plan
-
-    def _next(self) -> int | None:
-        """The call to come, where that is decided."""
-        return self.step_index if self.step_index is not None else self.begin_index
-
-    def _call_of(self, timestep: float | Tensor | None) -> int:
-        """The call that a timestep means: the next or, at the start of a run, the first that begins a step there."""
-        told, t = self._told, self._value_of(timestep)
-        call = self._next()
-        if call is None and t not in self._starts:
-            raise InputError(f"no step begins at timestep {t}; those of this run are {sorted(set(told), reverse=True)}")
+        told, call = self._plan.timesteps, self.step_index
+        t = self._value_of(timestep, told)
         if call is None:
-            return self._starts[t]
+            call = next((start for start in self.starts(self._plan) if told[start] == t), None)
+        if call is None:
+            raise InputError(f"no step begins at timestep {t}; those of this run are {sorted(set(told), reverse=True)}")
         if call >= len(told):
             raise InputError("every step has been made: call set_timesteps to begin again")
         if t != told[call]:
             raise InputError(f"step {call} is at timestep {told[call]}, not {t}; set_timesteps begins a new run")
-        return call
+        return self._plan, call
 
-    def _value_of(self, timestep: float | Tensor | None) -> float:
+    def _value_of(self, timestep: float | Tensor | None, told: Sequence[float]) -> float:
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             # an element of ``timesteps`` is known by where it lies: reading it would make the host wait for the device
             place = (timestep.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
-            if 0 <= place < len(self._told) and timestep.device == self.timesteps.device:
-                return self._told[place]
-        number = timestep.numel() == 1 if isinstance(timestep, Tensor) else hasattr(timestep, "__float__")
-        if not number or isinstance(timestep, (bool, str)):
-            raise ArgumentTypeError(f"a timestep must be one number, not {timestep!r}")
-        return float(np.float32(float(timestep)))  # type: ignore[arg-type]  # as exact as ``timesteps`` is
+            if 0 <= place < len(told) and timestep.device == self.timesteps.device:
+                return told[place]
+        return float(np.float32(arguments.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
 
     def _noise(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
@@ -209,30 +185,29 @@ class Scheduler(Timetable):
         """Latents [B, C, h, w] with the noise of ``timesteps``, one for all or one for each, in the public form."""
         image = arguments.batch("original_samples", original_samples)
         noise = arguments.batch("noise", noise, like=image)
-        signal, share = self._shares(image, timesteps, self.variance_preserving)
-        return (signal * image.float() + share * noise.float()).to(image.dtype)
+        return self.border().noisy(image, noise, self._sigmas(timesteps, image))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """What a v_prediction model should answer for ``sample`` [B, C, h, w] with that noise."""
         image, noise = arguments.batch("sample", sample), arguments.batch("noise", noise, like=sample)
-        signal, share = self._shares(image, timesteps, variance_preserving=True)
-        return (signal * noise.float() - share * image.float()).to(image.dtype)
+        sigmas = self._sigmas(timesteps, image)
+        return of_unit_variance(noise.float() - sigmas * image.float(), sigmas).to(image.dtype)
 
-    def _shares(self, like: Tensor, timesteps: Times, variance_preserving: bool) -> tuple[Tensor, Tensor]:
-        """How much of the image and of the noise there is at each timestep, [B or 1, 1, 1, 1]."""
+    def _sigmas(self, timesteps: Times, like: Tensor) -> Tensor:
+        """The noise level of each timestep, [B or 1, 1, 1, 1]."""
         values = torch.as_tensor(timesteps).flatten().tolist()
         if len(values) not in (1, len(like)):
             raise InputError(f"there are {len(values)} timesteps for a batch of {len(like)}: give one, or one for each")
-        sigmas = torch.tensor([self._sigma_of(t) for t in values]).view(-1, *[1] * (like.dim() - 1))
-        signal = torch.rsqrt(1 + sigmas**2) if variance_preserving else torch.ones_like(sigmas)
-        return signal.to(like.device), (signal * sigmas).to(like.device)
+        sigmas = torch.tensor([self._sigma_of(t) for t in values])
+        return sigmas.view(-1, *[1] * (like.dim() - 1)).to(like.device)
 
     def _sigma_of(self, t: float) -> float:
         """The noise level of a timestep: this run's where it has that timestep, the table's where it has not."""
-        call = self._next()
-        if call is None or call >= len(self._told) or self._told[call] != t:
-            call = self._starts.get(t)
-        if self._plan is not None and call is not None:
-            return self._plan.calls[call].sigma
-        self.check_inside("timesteps", [t])
+        if self._plan is not None:
+            calls, call = self._plan.calls, self.step_index
+            coming = () if call is None else calls[call : call + 1]
+            for point in (*coming, *(calls[start] for start in self.starts(self._plan))):
+                if point.t == t:
+                    return point.sigma
+        arguments.timesteps("timesteps", [t], self.table.last)
         return self.table.sigma(t)

@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from russet.random_streams import Noise
+from russet.random_streams import Noise, Seeds
 from russet.schedulers.noise import Point
 
+Points = Sequence[Point]
 Steps = Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], Tensor]
+Solver = Callable[[Tensor, Points, Point, Noise], Steps]  # one of the functions below, its options bound
 At = Callable[[float], Point]  # the point of a noise level
 
 
-class Solver(Protocol):
-    """What a schedule holds: one of these functions, its options bound."""
-
-    def __call__(self, x: Tensor, points: Sequence[Point], end: Point, noise: Noise, /) -> Steps: ...
-
-
-def pairs(points: Sequence[Point], end: Point) -> list[tuple[Point, Point]]:
+def pairs(points: Points, end: Point) -> list[tuple[Point, Point]]:
     """From where to where each step goes."""
     return list(zip(points, [*points[1:], end], strict=True))
 
@@ -51,7 +46,7 @@ def ancestral(a: float, b: float, eta: float) -> tuple[float, float]:
     return math.sqrt(b**2 - up**2), up
 
 
-def euler(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, eta: float = 0.0, large: bool = False) -> Steps:
+def euler(x: Tensor, points: Points, end: Point, noise: Noise, eta: float = 0.0, large: bool = False) -> Steps:
     """Euler's method (arXiv:2206.00364). On the spacing of DDIM it is DDIM (arXiv:2010.02502) with the same ``eta``;
     with eta = 1 it is Euler ancestral, and DDPM with the posterior's variance.
 
@@ -68,7 +63,7 @@ def euler(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, eta: flo
     return x
 
 
-def heun(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, second: bool = True) -> Steps:
+def heun(x: Tensor, points: Points, end: Point, noise: Noise, second: bool = True) -> Steps:
     """Heun's method (arXiv:2206.00364, algorithm 1), or Euler's, that adds noise on arrival where the points say so.
 
     Once in each step that is the churn of that paper's algorithm 2; once or twice in a run, far up, it is Restart
@@ -87,9 +82,7 @@ def heun(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, second: b
     return x
 
 
-def dpm2(
-    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, data: bool = False, eta: float = 0.0
-) -> Steps:
+def dpm2(x: Tensor, points: Points, end: Point, noise: Noise, at: At, data: bool = False, eta: float = 0.0) -> Steps:
     """DPM-Solver-2 (arXiv:2206.00927): the whole step with the noise that the model sees in its middle.
 
     data: towards the image that it sees there, which is DPM-Solver++(2S) (arXiv:2211.01095). eta = 1: ancestral.
@@ -108,9 +101,7 @@ def dpm2(
     return x
 
 
-def dpmpp_sde(
-    x: Tensor, points: Sequence[Point], end: Point, noise: Noise, at: At, seed: int | Sequence[int] | None = None
-) -> Steps:
+def dpmpp_sde(x: Tensor, points: Points, end: Point, noise: Noise, at: At, seed: Seeds = None) -> Steps:
     """DPM-Solver++ (SDE) as k-diffusion has it: 2S with noise in the middle too, both taken from one Brownian path."""
     path = noise.path(seed)
     for a, b in pairs(points, end):
@@ -126,7 +117,7 @@ def dpmpp_sde(
     return x
 
 
-def lcm(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, scaling: float = 10.0) -> Steps:
+def lcm(x: Tensor, points: Points, end: Point, noise: Noise, scaling: float = 10.0) -> Steps:
     """Multistep consistency sampling (arXiv:2310.04378): the model's image, with fresh noise for the next step.
 
     scaling: how fast the share of x in that image falls with t; the model was distilled with it.
@@ -141,7 +132,7 @@ def lcm(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, scaling: f
     return x
 
 
-def tcd(x: Tensor, points: Sequence[Point], end: Point, noise: Noise, lower: Callable[[Point], Point]) -> Steps:
+def tcd(x: Tensor, points: Points, end: Point, noise: Noise, lower: Callable[[Point], Point]) -> Steps:
     """Trajectory consistency sampling (arXiv:2402.19159): jump below the next point, then add noise up to it.
 
     lower: where the jump to a point leads; gamma (``eta`` in Diffusers) is how far below that is.

@@ -4,52 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from russet import arguments
 from russet.component import Component
 from russet.errors import InputError, UnsupportedArgument
 from russet.schedulers import noise, spacing
-from russet.schedulers.configs import EVEN, SchedulerConfig, config_class
+from russet.schedulers.configs import EVEN, KEYS, SchedulerConfig, config_class
 from russet.schedulers.noise import Point, Table
-from russet.schedulers.schedule import Border, Schedule, clipped, thresholded
+from russet.schedulers.schedule import Border, Schedule, thresholded
 from russet.schedulers.solvers import Solver
 
 
 class Timetable(Component):
-    """The part of a scheduler that has no state. A subclass says which solver it drives and how its steps are placed.
-
-    variance_preserving: the latents outside are x / sqrt(1 + sigma²); else the class is k-diffusion's kind, whose sigma
-    schedules span the spaced timesteps and not the whole table. whole: timesteps are whole numbers. spare: steps that
-    the spacing is laid out for and not made. order: model calls a step. options: what a run can be told, with defaults.
-    """
+    """The part of a scheduler without state. A subclass says which solver it drives and how its steps are placed."""
 
     config_class: ClassVar[type[SchedulerConfig]]
     config: SchedulerConfig
-    order: ClassVar[int] = 1
-    variance_preserving: ClassVar[bool] = True
-    whole: ClassVar[bool] = True
-    spare: ClassVar[int] = 0
-    needs_unconditional: ClassVar[bool] = False
-    zero_snr: ClassVar[float] = 2.0**-24  # alphas_cumprod that stands for zero
-    options: ClassVar[Mapping[str, Any]] = {}
+    classes: ClassVar[list[type[Timetable]]] = []  # all that have a config
+    variance_preserving: ClassVar[bool] = True  # the latents outside are x / sqrt(1 + sigma²); else as k-diffusion's
+    whole: ClassVar[bool] = True  # timesteps are whole numbers
+    spare: ClassVar[int] = 0  # steps that the spacing is laid out for and not made
+    order: ClassVar[int] = 1  # model calls a step, as Diffusers counts them
+    needs_unconditional: ClassVar[bool] = False  # asks for the model's output without the prompt too
+    zero_snr: ClassVar[float] = 2.0**-24  # the alphas_cumprod that stands for zero
+    options: ClassVar[Mapping[str, Any]] = {}  # what a run can be told, with defaults
 
-    def __init_subclass__(cls, keys: Sequence[str] = (), solver: Solver | None = None, **defaults: Any) -> None:
-        """keys: the config's; defaults: where they are not the usual ones; solver: one that needs to know no more."""
+    def __init_subclass__(cls, keys: Sequence[str] = (), solver: Solver | None = None, **row: Any) -> None:
+        """keys: the config's; row: their defaults that are not the usual ones, and any of the attributes above.
+
+        solver: one that needs to know no more than what it is called with.
+        """
+        for name in [name for name in row if not keys or name not in KEYS]:
+            if not hasattr(cls, name):
+                raise TypeError(
+                    f"{cls.__name__}: {name} is no attribute of schedulers, nor the default of one of keys="
+                )
+            setattr(cls, name, row.pop(name))
         if keys:
-            cls.config_class = config_class(cls, keys, defaults)
+            cls.config_class = config_class(cls, keys, row)
+        if hasattr(cls, "config_class"):
+            cls.classes.append(cls)
         if solver is not None:
             cls.solver = lambda self, steps, **options: solver  # type: ignore[method-assign]
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
-        """
-        Args:
-            config: a config of this or another scheduler, or a dict; ``changes`` are single keys, and win.
+        """config: a config of this or another scheduler, or a dict; ``changes`` are single keys, and win.
 
-        Raises:
-            ConfigError: a key that the class does not have, or a value that it cannot use.
+        Raises ConfigError for a key that the class does not have and for a value that it cannot use.
         """
         self.config = self.config_class.of(config, changes)
         self.key = self.config.key
@@ -65,17 +71,19 @@ class Timetable(Component):
         return Table(noise.betas_of(self.config), self.zero_snr if self.key("rescale_betas_zero_snr") else None)
 
     def border(self, **options: Any) -> Border:
-        limit = clipped(self.key("clip_sample_range")) if self.key("clip_sample") else None
-        if self.key("thresholding"):
-            limit = thresholded(self.key("dynamic_thresholding_ratio"), self.key("sample_max_value"))
+        key, limit = self.key, None
+        if key("thresholding"):
+            limit = partial(thresholded, ratio=key("dynamic_thresholding_ratio"), most=key("sample_max_value"))
+        elif key("clip_sample"):
+            limit = partial(torch.clamp, min=-key("clip_sample_range"), max=key("clip_sample_range"))
         keeps_noise = not options.get("use_clipped_model_output", True)
-        return Border(self.variance_preserving, self.key("prediction_type"), limit, keeps_noise)
+        return Border(self.variance_preserving, key("prediction_type"), limit, keeps_noise)
 
     def point(self, t: float, sigma: float, schedule: str = "") -> Point:
         """What the model is told at a noise level whose timestep is ``t``; ``schedule`` names where it comes from."""
         if self.whole:  # Diffusers rounds the timesteps of Karras' noise levels, and cuts those of others off
             t = math.floor(t) if schedule in ("exponential", "beta") else round(t)
-        return Point(float(t), sigma)
+        return Point(float(np.float32(t)), sigma)  # as exact as in a tensor of timesteps, since mps has no float64
 
     def point_at(self, t: float) -> Point:
         return self.point(t, self.table.sigma(t))
@@ -90,11 +98,11 @@ class Timetable(Component):
         even, offset = name if name in EVEN else "linspace", self.key("steps_offset")
         times = spacing.timesteps(even, steps, train, last=train - unused, offset=offset, spare=self.spare)
         if by_sigma is None:
-            self.check_inside(f"the timesteps of {steps} steps", times[:1].tolist())
+            arguments.timesteps(f"the timesteps of {steps} steps", times[:1].tolist(), self.table.last)
             points = [self.point_at(float(t)) for t in (times.round() if self.whole else times)]
             arguments.falling(f"the noise levels of {steps} steps", [point.sigma for point in points])
             return points
-        spaced = not self.variance_preserving and name in EVEN
+        spaced = not self.variance_preserving and name in EVEN  # k-diffusion's span the steps, not the whole table
         low, high = (self.table.sigma(t) for t in ((times[-1], times[0]) if spaced else (0, train - 1)))
         ends = self.key("sigma_min") or low, self.key("sigma_max") or high
         return [self.point_of(float(s), by_sigma) for s in spacing.sigmas(by_sigma, steps, *ends, self.table)]
@@ -139,9 +147,7 @@ class Timetable(Component):
         """
         options = self.read_options(options, eta)
         end, most = self.end(), self.config.num_train_timesteps
-        ways = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas}
-        if len(given := [name for name, value in ways.items() if value is not None]) != 1:
-            raise InputError(f"give exactly one of {', '.join(ways)}, not {' and '.join(given) or 'none'}")
+        arguments.exactly_one({"steps": steps, "timesteps": timesteps, "sigmas": sigmas})
         if steps is not None:
             points = self.place(arguments.integer("the number of steps", steps, least=1, most=most))
         elif timesteps is not None:
@@ -149,7 +155,7 @@ class Timetable(Component):
             if chosen := self.sigma_schedule():
                 raise InputError(f"timesteps cannot be given where the config asks for the sigma schedule {chosen}")
             arguments.falling("timesteps", times)
-            self.check_inside("timesteps", times, self.whole)
+            arguments.timesteps("timesteps", times, self.table.last, self.whole)
             points = [self.point_at(t) for t in times]
         else:
             levels = arguments.numbers_list("sigmas", sigmas)
@@ -159,7 +165,7 @@ class Timetable(Component):
             *points, end = map(self.point_of, levels)
         solver, border = self.solver(len(points), **options), self.border(**options)
         initial = self.initial_sigma(points[0].sigma)
-        return Schedule(tuple(points), end, solver, border, initial, self.order, self.needs_unconditional)
+        return Schedule(tuple(points), end, solver, border, initial, self.needs_unconditional)
 
     def sigma_schedule(self) -> str | None:
         """The name of the sequence of noise levels, where the config asks for one."""
@@ -177,21 +183,10 @@ class Timetable(Component):
 
     def read_options(self, given: Mapping[str, Any], eta: float | None) -> dict[str, Any]:
         """The options of a run, defaults included. An eta of 0 asks nothing of a scheduler that has none."""
-        if eta is not None and (eta != 0 or "eta" in self.options):
-            given = {**given, "eta": eta}
-        if unknown := given.keys() - self.options.keys():
-            has = f"it has {', '.join(self.options)}" if self.options else "it has no options"
-            raise UnsupportedArgument(f"{type(self).__name__} does not take {', '.join(unknown)}; {has}")
         options = {**self.options, **given}
-        if "eta" in options:
-            options["eta"] = arguments.number("eta", options["eta"], least=0, most=1)
+        if eta is not None and (eta != 0 or "eta" in self.options):
+            options["eta"] = arguments.number("eta", eta, least=0, most=1)
+        if unknown := options.keys() - self.options.keys():
+            has = f"it has {', '.join(self.options) or 'no options'}"
+            raise UnsupportedArgument(f"{type(self).__name__} does not take {', '.join(unknown)}; {has}")
         return options
-
-    def check_inside(self, name: str, timesteps: Sequence[float], whole: bool = False) -> None:
-        """Raises InputError unless all timesteps are in the table, and whole numbers where they have to be."""
-        last = self.table.last
-        for t in timesteps:
-            if not 0 <= t <= last:
-                raise InputError(f"{name} must lie in 0..{last:g}, where the model was trained; {t:g} does not")
-            if whole and t != round(t):
-                raise InputError(f"{name} must be whole numbers for this scheduler; {t:g} is none")
