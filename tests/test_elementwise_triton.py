@@ -12,7 +12,7 @@ from russet.models.activations import gelu, silu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-from russet import elementwise_triton  # noqa: E402
+from russet import elementwise_triton, products_triton  # noqa: E402
 from russet.elementwise_triton import Fused  # noqa: E402
 
 
@@ -87,7 +87,17 @@ def test_layer_norm_of_a_sum_is_that_of_pytorch(features):
 @pytest.mark.parametrize("features", [24, 600])
 def test_the_gate_is_that_of_pytorch(features):
     x = made(2, 5, 2 * features)
-    torch.testing.assert_close(elementwise_triton.gated(x), PLAIN.geglu(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(elementwise_triton.gated(x), PLAIN.geglu(x, nn.Identity()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [130, 1024])  # a tile and a bit; more than a group of tiles
+def test_a_gated_product_is_that_of_pytorch(tokens):
+    proj = nn.Linear(128, 512).to(DEVICE)
+    x = made(2, tokens // 2, 128)
+    expected = PLAIN.geglu(x, proj)
+    found = products_triton.gated_product(x.half(), proj.half())
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_half_precision_is_computed_in_single(way):

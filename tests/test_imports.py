@@ -18,7 +18,7 @@ LIGHT = {"errors"}
 FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
-STEPS = {"elementwise", "elementwise_triton"}
+STEPS = {"elementwise", "elementwise_triton", "products_triton"}
 OTHERS = {"arguments", "attention", "images", "metadata", "random_streams", "samplers", "devices", "checkpoints"}
 EVERYTHING = CONFIGURED | PARTS | STEPS | OTHERS
 ALLOWED = {
@@ -31,7 +31,8 @@ ALLOWED = {
     "random_streams": LIGHT,
     "attention": LIGHT,
     "elementwise": LIGHT,
-    "elementwise_triton": LIGHT | {"elementwise"},
+    "elementwise_triton": LIGHT | {"elementwise", "products_triton"},
+    "products_triton": LIGHT,
     "images": FILES,
     "metadata": LIGHT,
     "tokenizer_files": FILES,

@@ -65,8 +65,8 @@ class Elementwise(Protocol):
         """``norm(x)`` for tokens [B, N, D]."""
         ...
 
-    def geglu(self, x: Tensor) -> Tensor:
-        """The first half of the features [B, N, 2D] times the GELU of the second (arXiv:2002.05202)."""
+    def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
+        """Of ``proj(x)`` [B, N, 2D] the first half of the features times the GELU of the second (arXiv:2002.05202)."""
         ...
 
 
@@ -109,8 +109,8 @@ class Plain:
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return norm(x)  # type: ignore[no-any-return]
 
-    def geglu(self, x: Tensor) -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
+    def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
+        value, gate = proj(x).chunk(2, dim=-1)
         return F.gelu(gate).mul_(value)
 
 

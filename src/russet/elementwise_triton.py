@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from russet import products_triton as products
 from russet.elementwise import PLAIN, Activation, hooked
 
 WHOLE = 256
@@ -92,8 +93,10 @@ class Fused:
         taken = takes_tokens(x, norm) and not self._plain()
         return layer_norm(x, norm, None) if taken else PLAIN.layer_norm(x, norm)
 
-    def geglu(self, x: Tensor) -> Tensor:
-        return gated(x) if computes(x) and x.is_contiguous() and not self._plain() else PLAIN.geglu(x)
+    def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
+        if not (computes(x) and x.is_contiguous()) or hooked(proj) or self._plain():
+            return PLAIN.geglu(x, proj)
+        return products.gated_product(x, proj) if products.takes(x, proj) else gated(proj(x))
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compiles the kernels for a dtype, beside whatever the program does next; what compiles them may fail."""
@@ -441,6 +444,7 @@ def runs(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]
         return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
 
     x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
+    gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
     sums, line = torch.zeros(1, 32, 2, 320, device=device), torch.zeros(1, 2, 320, device=device)
     return [
         lambda: gated(tokens),
@@ -450,4 +454,5 @@ def runs(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]
         lambda: applied(x, torch.empty_like(x), line, True),
         *map(layer, (320, 640, 1280)),
         lambda: shifted_sum(x, x, shift),
+        *([lambda: products.gated_product(*gate)] if products.copies_tiles(device) and dtype.itemsize == 2 else []),
     ]

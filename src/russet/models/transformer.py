@@ -108,7 +108,7 @@ class GEGLU(Stepping):
         self.proj = nn.Linear(inputs, outputs * 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.steps.geglu(self.proj(x))
+        return self.steps.geglu(x, self.proj)
 
 
 class FeedForward(nn.Module):
