@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from russet.devices.activations import gated_at_once
 from russet.elementwise import PLAIN
 from russet.models.activations import gelu, silu
 
@@ -90,6 +91,14 @@ def test_the_gate_is_that_of_pytorch(features):
     torch.testing.assert_close(elementwise_triton.gated(x), PLAIN.geglu(x, nn.Identity()), rtol=1e-5, atol=1e-6)
 
 
+def test_the_plan_knows_which_products_gate_what_they_make():
+    for channels in (32, 96, 320, 640, 1280):
+        for tokens in (128, 512, 2048, 8192):
+            proj, x = nn.Linear(channels, 8 * channels, device="meta"), torch.empty(2, tokens, channels, device="meta")
+            assert products_triton.takes(x.half(), proj) == gated_at_once(2 * tokens, channels)
+            assert not products_triton.takes(x, proj)
+
+
 @pytest.mark.parametrize("tokens", [130, 1024])  # a tile and a bit; more than a group of tiles
 def test_a_gated_product_is_that_of_pytorch(tokens):
     proj = nn.Linear(128, 512).to(DEVICE)
@@ -109,12 +118,12 @@ def test_half_precision_is_computed_in_single(way):
 
 
 def test_all_kernels_compile():
-    for run in elementwise_triton.runs(torch.device(DEVICE), torch.float32):
+    for run in elementwise_triton.runs(torch.device(DEVICE), torch.float16, True):
         run()
 
 
 def test_what_the_kernels_are_not_made_for_is_left_to_pytorch():
-    steps, x = Fused(silu), made(1, 8, 4, 4)
+    steps, x = Fused(silu, True), made(1, 8, 4, 4)
     scrambled = x.contiguous()  # not channels-last
     norm, conv = norm_of(nn.GroupNorm, 2, 8), nn.Conv2d(8, 8, 3, padding=1).to(DEVICE)
     for given in (scrambled, x.cpu()):

@@ -45,8 +45,9 @@ class Fused:
 
     reuses = True
 
-    def __init__(self, silu: Activation) -> None:
+    def __init__(self, silu: Activation, gated_products: bool) -> None:
         self._silu = silu  # the one activation that the kernels know
+        self._gated_products = gated_products
         self._prepared: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
         self._failed = False
 
@@ -96,7 +97,8 @@ class Fused:
     def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
         if not (computes(x) and x.is_contiguous()) or hooked(proj) or self._plain():
             return PLAIN.geglu(x, proj)
-        return products.gated_product(x, proj) if products.takes(x, proj) else gated(proj(x))
+        whole = self._gated_products and products.takes(x, proj)
+        return products.gated_product(x, proj) if whole else gated(proj(x))
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compiles the kernels for a dtype, beside whatever the program does next; what compiles them may fail."""
@@ -108,7 +110,7 @@ class Fused:
 
     def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
         try:
-            first, *others = runs(device, dtype)
+            first, *others = runs(device, dtype, self._gated_products)
             run_on(device, first)  # alone, since Triton itself starts with it
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compile") as pool:
                 list(pool.map(functools.partial(run_on, device), others))
@@ -423,7 +425,7 @@ def _gated(x, out, features, BLOCK: tl.constexpr):  # fmt: skip
     tl.store(out + row * features + column, (value * gate * normal).to(out.dtype.element_ty), mask=there)
 
 
-def runs(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]:
+def runs(device: torch.device, dtype: torch.dtype, gated_products: bool) -> list[Callable[[], object]]:
     """One call for each kernel and each set of its constants, for the sizes of Stable Diffusion's layers."""
 
     def blank(*shape: int) -> Tensor:
@@ -454,5 +456,5 @@ def runs(device: torch.device, dtype: torch.dtype) -> list[Callable[[], object]]
         lambda: applied(x, torch.empty_like(x), line, True),
         *map(layer, (320, 640, 1280)),
         lambda: shifted_sum(x, x, shift),
-        *([lambda: products.gated_product(*gate)] if products.copies_tiles(device) and dtype.itemsize == 2 else []),
+        *([lambda: products.gated_product(*gate)] if gated_products else []),
     ]

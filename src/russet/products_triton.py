@@ -30,17 +30,10 @@ TILES = 300
 
 def takes(x: Tensor, proj: nn.Linear) -> bool:
     """Whether the kernel is made for such a product, and quicker."""
-    if TensorDescriptor is None or x.dtype not in (torch.float16, torch.bfloat16) or proj.bias is None:
-        return False
     inputs, outputs = proj.in_features, proj.out_features // 2
-    whole = inputs % DEPTH == 0 and outputs % TILE == 0
     tokens = x.numel() // inputs
-    return whole and triton.cdiv(tokens, TILE) * outputs // TILE >= TILES and copies_tiles(x.device)
-
-
-def copies_tiles(device: torch.device) -> bool:
-    """Whether the GPU can copy a tile by itself."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = TensorDescriptor is not None and x.dtype in (torch.float16, torch.bfloat16) and proj.bias is not None
+    return able and inputs % DEPTH == 0 and outputs % TILE == 0 and triton.cdiv(tokens, TILE) * outputs // TILE >= TILES
 
 
 def gated_product(x: Tensor, proj: nn.Linear) -> Tensor:

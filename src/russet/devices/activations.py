@@ -66,13 +66,14 @@ class Arithmetic:
     """How a network computes.
 
     width: bytes per number. composed: GroupNorm is composed of plain operations. reordered: GroupNorm takes a map apart
-    by channels, as CUDA's does, and what follows puts it together again.
+    by channels, as CUDA's does, and what follows puts it together again. gated: large gated layers gate what they make.
     """
 
     width: int = 4
     attention: AttentionChoice = FUSED
     composed: bool = False
     reordered: bool = False
+    gated: bool = False
 
 
 @dataclass
@@ -119,11 +120,22 @@ class Walk:
             self.moment(2 * t, 4 * t, own.scratch(self.how.attention, self.how.width))  # x, tokens; normed, q, k, v
             self.moment(3 * t, 2 * t, text.scratch(self.how.attention, self.how.width))  # after attention; normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
-            self.moment(2 * t, t, t, 8 * t, 4 * t)  # after attention; normed; the gated layer and its gate
+            gate = 0 if self.how.gated and gated_at_once(self.rows * area, channels) else 8 * t
+            self.moment(2 * t, t, t, gate, 4 * t)  # after attention; normed; the gated layer and its gate
         self.moment(4 * t)
 
     def upsample(self, x: int, channels: int, area: int) -> None:
         self.moment(x, 2 * self.map(area, channels))
+
+
+def gated_at_once(tokens: int, channels: int) -> bool:
+    """Whether ``russet.products_triton`` has the gated layer of so many tokens: whole tiles of weights, enough of all.
+
+    The same rule as there, which a test holds.
+    """
+    tile, depth, tiles = 128, 64, 300
+    inner = 4 * channels
+    return channels % depth == 0 and inner % tile == 0 and -(-tokens // tile) * inner // tile >= tiles
 
 
 def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:

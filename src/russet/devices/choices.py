@@ -27,6 +27,7 @@ MEANING: Mapping[str, str] = {
     "group_norm": "'native', or 'composed' of plain operations: for every GroupNorm of UNet and VAE",
     "layer_norm": "'native', or 'float32': every LayerNorm's input and weights are cast to it, and its result back",
     "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
+    "gated_products": "True: large products of the UNet's gated layers are kernels that gate what they multiply",
     "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
     "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; or 'each call'",
     "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
@@ -151,7 +152,8 @@ class Request:
         if self.vae_slicing:
             found["vae_batch"] = 1
         if self.fast_paths is False:
-            found |= {"elementwise": "plain", "joined_products": False, "text_keys": "each call", "graphs": False}
+            found |= dict.fromkeys(("gated_products", "joined_products", "graphs"), False)
+            found |= {"elementwise": "plain", "text_keys": "each call"}
         return found
 
     def _dtypes(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -
     user = request.user
     return [
         settled(user, "elementwise", *elementwise(facts)),
+        settled(user, "gated_products", *gated_products(facts, found)),
         settled(user, "joined_products", *joined_products(facts, found)),
         settled(user, "text_keys", *text_keys(facts, sizes, found)),
         settled(user, "graphs", *graphs(facts, sizes, found)),
@@ -34,6 +35,18 @@ def elementwise(facts: Facts) -> tuple[str, str]:
         if facts.device != "cuda"
         else "Triton is not there, or no C compiler for it",
     )
+
+
+def gated_products(facts: Facts, found: Decisions) -> tuple[bool, str]:
+    if not facts.triton:
+        return False, "there are no kernels of ours here"
+    if found.offload == "sequential":
+        return False, "layers come to the device one by one"
+    if facts.capability < (9, 0):
+        return False, "the GPU does not copy whole tiles by itself, which makes the kernel quick"
+    if found.width("unet") > 2:
+        return False, "the kernel is for half precision"
+    return True, "half of what the product would write, and read again, is never written"
 
 
 def joined_products(facts: Facts, found: Decisions) -> tuple[bool, str]:

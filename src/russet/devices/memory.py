@@ -81,6 +81,7 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
             attention=attention,
             composed=found["group_norm"] == "composed",
             reordered=reordered(found),
+            gated=found["gated_products"],
         )
 
     needs = {}

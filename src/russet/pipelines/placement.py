@@ -70,21 +70,21 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
 
 def steps_of(plan: Plan) -> Elementwise:
     """The steps between the matrix products as the plan wants them."""
-    return PLAIN if plan["elementwise"] == "plain" else fused_steps()
+    return PLAIN if plan["elementwise"] == "plain" else fused_steps(plan["gated_products"])
 
 
 def compile_kernels(plan: Plan, device: torch.device) -> None:
     """Has kernels of ours compiled while weights are moved and read."""
     if plan["elementwise"] == "fused":
         for dtype in {plan.dtype("unet"), plan.dtype("vae")}:
-            fused_steps().prepare(device, dtype_named(dtype))
+            fused_steps(plan["gated_products"]).prepare(device, dtype_named(dtype))
 
 
 @functools.cache
-def fused_steps() -> Fused:
+def fused_steps(gated_products: bool) -> Fused:
     from russet.elementwise_triton import Fused  # Triton is there where the plan chose it
 
-    return Fused(silu)
+    return Fused(silu, gated_products)
 
 
 def set_environment(device: torch.device) -> None:
