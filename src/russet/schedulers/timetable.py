@@ -41,9 +41,7 @@ class Timetable(Component):
         """
         for name in [name for name in row if not keys or name not in KEYS]:
             if not hasattr(cls, name):
-                raise TypeError(
-                    f"{cls.__name__}: {name} is no attribute of schedulers, nor the default of one of keys="
-                )
+                raise TypeError(f"{cls.__name__}: {name} is no attribute of schedulers, nor one of the given keys")
             setattr(cls, name, row.pop(name))
         if keys:
             cls.config_class = config_class(cls, keys, row)
