@@ -18,7 +18,7 @@ LIGHT = {"errors"}
 FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
-STEPS = {"elementwise", "elementwise_triton", "products_triton"}
+STEPS = {"elementwise", "elementwise_triton", "products_triton", "elementwise_cpu", "onednn", "winograd"}
 OTHERS = {"arguments", "attention", "images", "metadata", "random_streams", "samplers", "devices", "checkpoints"}
 EVERYTHING = CONFIGURED | PARTS | STEPS | OTHERS
 ALLOWED = {
@@ -33,12 +33,15 @@ ALLOWED = {
     "elementwise": LIGHT,
     "elementwise_triton": LIGHT | {"elementwise", "products_triton"},
     "products_triton": LIGHT,
+    "elementwise_cpu": LIGHT | {"elementwise", "onednn", "winograd"},
+    "onednn": LIGHT,
+    "winograd": LIGHT,
     "images": FILES,
     "metadata": LIGHT,
     "tokenizer_files": FILES,
     "tokenizer": CONFIGURED | {"tokenizer_files"},
     "image_processor": CONFIGURED,
-    "models": CONFIGURED | {"attention", "elementwise"},
+    "models": CONFIGURED | {"attention", "elementwise", "onednn"},
     "schedulers": CONFIGURED | {"arguments", "random_streams"},
     "samplers": LIGHT | {"config", "schedulers"},
     "devices": LIGHT,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from russet import products_triton as products
-from russet.elementwise import PLAIN, Activation, hooked
+from russet.elementwise import PLAIN, Activation, hooked, resized
 
 WHOLE = 256
 """Positions up to which one program normalises a whole group, in two readings that the cache serves.
@@ -77,6 +77,9 @@ class Fused:
             if not whole:
                 shift = conv.bias[None] if shift is None else shift + conv.bias
         return y, shift
+
+    def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
         if shift is None or x is None:

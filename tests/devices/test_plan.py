@@ -347,6 +347,27 @@ def test_a_request_that_makes_no_sense_is_refused(wrong, kind):
         Request(**wrong)
 
 
+# --- less work on a CPU ---
+
+
+def test_a_cpu_multiplies_less_in_float32_and_by_the_library_that_is_faster_there():
+    server = dataclasses.replace(cpu(), machine="x86_64", onednn=True)
+    made = plan(server, published.sd15())
+    assert (made["convolutions"], made["linear_layers"]) == ("winograd", "onednn")
+    assert plan(server, published.sd15(), Request(dtype="bfloat16"))["convolutions"] == "direct"
+    assert plan(cpu(), published.sd15())["linear_layers"] == "native"
+    for facts in (on(), gpu()):
+        made = plan(facts, published.sd15())
+        assert (made["convolutions"], made["linear_layers"]) == ("direct", "native")
+
+
+def test_without_fast_paths_a_cpu_uses_pytorchs_operations_alone():
+    server = dataclasses.replace(cpu(), machine="x86_64", onednn=True)
+    made = plan(server, published.sd15(), Request(fast_paths=False))
+    assert (made["convolutions"], made["linear_layers"]) == ("direct", "native")
+    assert made.why("convolutions").by == "user"
+
+
 # --- the plan as a value ---
 
 

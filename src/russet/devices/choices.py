@@ -28,6 +28,8 @@ MEANING: Mapping[str, str] = {
     "layer_norm": "'native', or 'float32': every LayerNorm's input and weights are cast to it, and its result back",
     "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
     "gated_products": "True: large products of the UNet's gated layers are kernels that gate what they multiply",
+    "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
+    "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
     "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
     "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; or 'each call'",
     "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
@@ -154,6 +156,7 @@ class Request:
         if self.fast_paths is False:
             found |= dict.fromkeys(("gated_products", "joined_products", "graphs"), False)
             found |= {"elementwise": "plain", "text_keys": "each call"}
+            found |= {"convolutions": "direct", "linear_layers": "native"}
         return found
 
     def _dtypes(self) -> dict[str, str]:

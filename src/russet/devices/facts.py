@@ -59,6 +59,7 @@ class Facts:
     capability: Version = ()
     bf16: bool = False
     triton: bool = False  # whether kernels can be compiled for the device
+    onednn: bool = False  # whether torch hands out oneDNN's operation for linear layers
 
     @property
     def chip_family(self) -> str:
@@ -188,7 +189,7 @@ def read_facts(device: str | torch.device | None = None, *, weights: int = 0) ->
     kind, _, index = name.partition(":")
     common = machine_facts()
     if kind == "cpu":
-        return Facts(device="cpu", chip=cpu_name(), bf16=cpu_bf16(), held=process_memory(), **common)
+        return cpu_facts(common)
     if kind == "mps":
         return mps_facts(common)
     if kind == "cuda":
@@ -221,6 +222,21 @@ def machine_facts() -> dict[str, Any]:
         "mps_available": mps.is_available(),
         "cuda": parse_version(cuda) if cuda else (),
     }
+
+
+def cpu_facts(common: dict[str, Any]) -> Facts:
+    """The processor. oneDNN's linear layer is an operation of its own from torch 2.0 on."""
+    import torch
+
+    built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return Facts(
+        device="cpu",
+        chip=cpu_name(),
+        held=process_memory(),
+        bf16=cpu_bf16(),
+        onednn=built and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+        **common,
+    )
 
 
 def mps_facts(common: dict[str, Any]) -> Facts:

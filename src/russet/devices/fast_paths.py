@@ -7,6 +7,7 @@ from russet.devices.decisions import Decision, Decisions, gigabytes, settled
 from russet.devices.facts import Facts
 from russet.devices.sizes import Sizes
 
+X86 = ("x86_64", "AMD64")  # what Pythons call it on Linux and Windows
 LAUNCH_BOUND = 8 * 512 * 512
 """Pixels times rows of a UNet call up to which launching its kernels one by one takes longer than running them.
 
@@ -15,11 +16,13 @@ On an H200 two rows of 512×512 run in a quarter of the time that their launches
 
 
 def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -> list[Decision]:
-    """Fused steps, joined products, kept text, recorded calls; ``found`` is what is decided already."""
+    """Fused steps, fewer and joined products, kept text, recorded calls; ``found`` is what is decided already."""
     user = request.user
     return [
         settled(user, "elementwise", *elementwise(facts)),
         settled(user, "gated_products", *gated_products(facts, found)),
+        settled(user, "convolutions", *convolutions(facts, found)),
+        settled(user, "linear_layers", *linear_layers(facts)),
         settled(user, "joined_products", *joined_products(facts, found)),
         settled(user, "text_keys", *text_keys(facts, sizes, found)),
         settled(user, "graphs", *graphs(facts, sizes, found)),
@@ -47,6 +50,20 @@ def gated_products(facts: Facts, found: Decisions) -> tuple[bool, str]:
     if found.width("unet") > 2:
         return False, "the kernel is for half precision"
     return True, "half of what the product would write, and read again, is never written"
+
+
+def convolutions(facts: Facts, found: Decisions) -> tuple[str, str]:
+    if facts.device != "cpu":
+        return "direct", "a GPU multiplies faster than it would bring maps to and fro"
+    if "float32" not in (found.dtype("unet"), found.dtype("vae")):
+        return "direct", "in half precision more than the last digits would change"
+    return "winograd", "a quarter of the multiplications; only the last digits of float32 change"
+
+
+def linear_layers(facts: Facts) -> tuple[str, str]:
+    if facts.device == "cpu" and facts.onednn and facts.machine in X86:
+        return "onednn", "its float32 products are the fastest here"
+    return "native", "PyTorch's choice is the best known here"
 
 
 def joined_products(facts: Facts, found: Decisions) -> tuple[bool, str]:

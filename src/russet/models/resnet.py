@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.elementwise import convolution
+from russet.elementwise import convolution, resized
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Stepping
 from russet.models.together import TimeTogether
@@ -111,7 +111,6 @@ class Upsample(Stepping):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        if x.numel() * 4 >= 2**31:
-            x = x.contiguous()  # the CUDA kernel for channels-last counts with 32 bits (pytorch#141831)
-        x = F.interpolate(x, size=size or (x.shape[2] * 2, x.shape[3] * 2), mode="nearest")
-        return convolution(self.steps, x, self.conv)
+        if size is None or size == (x.shape[2] * 2, x.shape[3] * 2):
+            return self.steps.doubled(x, self.conv)
+        return resized(self.steps, x, self.conv, size)

@@ -21,9 +21,11 @@ from russet.checkpoints.draft import Draft
 from russet.devices.plan import AttentionChoice, Plan, Tile
 from russet.devices.rules import environment
 from russet.elementwise import PLAIN, Elementwise
+from russet.elementwise_cpu import OnCPU
 from russet.models.activations import silu
 from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model, hand
+from russet.models.linears import set_linears
 from russet.models.modules import modules, places, weights
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
@@ -70,7 +72,10 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
 
 def steps_of(plan: Plan) -> Elementwise:
     """The steps between the matrix products as the plan wants them."""
-    return PLAIN if plan["elementwise"] == "plain" else fused_steps(plan["gated_products"])
+    if plan["elementwise"] == "fused":
+        return fused_steps(plan["gated_products"])
+    winograd, onednn = plan["convolutions"] == "winograd", plan["linear_layers"] == "onednn"
+    return OnCPU(by_winograd=winograd, by_onednn=onednn) if winograd or onednn else PLAIN
 
 
 def compile_kernels(plan: Plan, device: torch.device) -> None:
@@ -98,12 +103,13 @@ def set_environment(device: torch.device) -> None:
 
 
 def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
-    """Hands every network the attention that the plan chose for it, its norms, and the steps between its products."""
+    """Hands every network what the plan chose for it: attention, norms, linear layers, and the steps between."""
     steps = steps_of(plan)
     composed, wide = plan["group_norm"] == "composed", plan["layer_norm"] == "float32"
     for name, network in networks.items():
         listed = modules(network, anew=True)
         set_norms(listed, composed_groups=composed, float32_layers=wide)
+        set_linears(listed, by_onednn=plan["linear_layers"] == "onednn")
         if name in ("text_encoder", "unet", "vae"):
             hand(listed, attention=attention_of(plan, name), steps=steps)
 
