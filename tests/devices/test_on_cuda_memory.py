@@ -101,6 +101,8 @@ def another_program(leaves: int) -> Iterator[None]:
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(
     size: tuple[int, int], images: int, full_size: Any
 ) -> None:
+    full_size.graphs.clear()  # as a process begins that draws this alone
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     foreign = torch.cuda.memory_allocated() - weights_there(full_size)
     torch.cuda.reset_peak_memory_stats()
@@ -125,7 +127,7 @@ def test_the_peak_of_offload_is_predicted_too(mode: str, own: Any) -> None:
 
 def test_with_little_memory_fewer_pictures_are_made_at_once(full_size: Any) -> None:
     roomy = full_size.plan(num_images=16)
-    with another_program(leaves=2 * 10**9):
+    with another_program(leaves=10**9):
         output = draw(full_size, images=16)
     assert np.isfinite(output.images).all()
     assert output.plan.micro_batch < roomy.micro_batch
@@ -133,7 +135,7 @@ def test_with_little_memory_fewer_pictures_are_made_at_once(full_size: Any) -> N
 
 def test_with_less_than_that_networks_take_turns_on_the_gpu_and_come_back(own: Any) -> None:
     draw(own)
-    with another_program(leaves=2 * 10**8):
+    with another_program(leaves=5 * 10**7):
         output = draw(own)
         assert output.plan.offload is not None
         assert np.isfinite(output.images).all()

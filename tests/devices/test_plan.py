@@ -217,6 +217,15 @@ def test_weights_are_dropped_on_a_small_mac_if_they_can_be_read_again():
     assert "tight" in kept.explain()
 
 
+def test_a_smaller_gpu_first_decodes_one_picture_at_a_time():
+    sixteen = published.sd15(safety_checker=False, images=16)
+    roomy, tight, small = (plan(gpu(gib), sixteen) for gib in (24, 3.4, 2.2))
+    assert (roomy.micro_batch, roomy.vae_batch, roomy.offload) == (16, 4, None)
+    assert (tight.micro_batch > 1, tight.vae_batch, tight.offload) == (True, 1, None)
+    assert (small.micro_batch, small.vae_batch, small.offload) == (1, 1, "model")
+    assert "otherwise" in tight.why("vae_batch").reason
+
+
 def test_a_small_gpu_keeps_idle_weights_on_the_cpu():
     assert plan(gpu(4), published.sd15()).offload is None
     assert plan(gpu(3), published.sd15()).offload == "model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from russet.devices.attention_rules import LEAST_ROOM, Caps, choose_attention, slicing_asked
@@ -27,6 +27,7 @@ class Rung(NamedTuple):
     """What is varied from one way of doing the work to the next."""
 
     micro_batch: int
+    vae_batch: int = 1
     vae_tile: Tile | None = None
     text_encoder: str = "device"
     offload: str | None = None
@@ -63,24 +64,37 @@ def ways(facts: Facts, sizes: Sizes, request: Request, ladder: Iterable[Rung]) -
         if held in seen:
             continue
         seen.add(held)
-        found = decided(facts, sizes, request, rung, reason)
+        found = decide(facts, sizes, request, rung, reason)
         estimate = predict(sizes, found)
         yield found, estimate
         reason = f"otherwise {gigabytes(estimate.peak)} would be needed, and {gigabytes(facts.budget)} are free"
 
 
 def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], list[Rung]]:
-    """The usual ladder (fewer images at a time, tiles, weights there only while needed), and the last resort."""
-    most = AT_ONCE[facts.device] * UNIT // (sizes.width * sizes.height)
-    ladder = [Rung(n) for n in equal_parts(sizes.images, most)]
+    """The usual ladder (fewer images at a time, tiles, weights there only while needed), and the last resort.
+
+    Decoding one at a time comes first: it costs little, and is no longer the widest moment then.
+    """
+    parts = equal_parts(sizes.images, images_at_once(AT_ONCE, facts, sizes))
+    ladder = [Rung(parts[0], decoded(facts, sizes)), *map(Rung, parts)]
     if max(sizes.latents) > TILE.size:
-        ladder.append(Rung(1, TILE))
+        ladder.append(Rung(1, vae_tile=TILE))
     last = ladder[-1]
     if facts.device == "cuda":
         ladder += [last._replace(offload="model"), last._replace(offload="sequential")]
     elif request.rereadable:
         ladder += [last._replace(text_encoder="freed"), last._replace(offload="model")]
     return ladder, [rung._replace(vae_tile=SMALL_TILE) for rung in ladder if rung.micro_batch == 1]
+
+
+def images_at_once(usual: Mapping[str, int], facts: Facts, sizes: Sizes) -> int:
+    """How many images of this size are as much work as ``usual`` has of 512×512."""
+    return usual[facts.device] * UNIT // (sizes.width * sizes.height)
+
+
+def decoded(facts: Facts, sizes: Sizes) -> int:
+    """How many images the VAE decodes at once, where there is room."""
+    return equal_parts(sizes.images, images_at_once(DECODED, facts, sizes))[0]
 
 
 def equal_parts(images: int, most: int) -> list[int]:
@@ -94,11 +108,10 @@ def least_peak(facts: Facts, sizes: Sizes, request: Request) -> int:
     return min(estimate.peak for _, estimate in ways(facts, sizes, request, [*usual, *resort]))
 
 
-def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str) -> Decisions:
+def decide(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str) -> Decisions:
     """A rung as decisions, with the attention that suits it. ``reason`` says why it is not the rung above."""
     user, start = request.user, Rung(1)
     one = "one at a time takes the least memory" if sizes.images > 1 else "there is one"
-    decoded = equal_parts(sizes.images, DECODED[facts.device] * UNIT // (sizes.width * sizes.height))[0]
 
     def pick(name: str, value: object, usual: object, plain: str) -> Decision:
         return settled(user, name, value, plain if value == usual else reason)
@@ -107,7 +120,7 @@ def decided(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: st
         decisions=(
             *dtype_decisions(facts, sizes, request),
             settled(user, "micro_batch", rung.micro_batch, "as many as fit" if rung.micro_batch > 1 else one),
-            settled(user, "vae_batch", decoded, "decoding is the widest moment"),
+            pick("vae_batch", rung.vae_batch, decoded(facts, sizes), "decoding is the widest moment"),
             pick("vae_tile", rung.vae_tile, start.vae_tile, "a picture of this size fits as a whole"),
             pick("text_encoder", rung.text_encoder, start.text_encoder, "there is room for it"),
             pick("offload", rung.offload, start.offload, "there is room for everything"),
