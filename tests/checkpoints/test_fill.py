@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
 from russet.checkpoints.files import open_weights
-from russet.checkpoints.fill import BLOCK, build, check, fill, is_finite
+from russet.checkpoints.fill import build, check, fill
 from russet.errors import ConfigError, CorruptFile, KeyMismatch
 
 from .made import Tiny, needs_float8
@@ -181,31 +179,6 @@ def test_values_that_overflow_in_half_precision_are_reported(
     tiny_state["norm.weight"][0] = 70_000.0
     fill(build(Tiny, None), stored(tiny_state), "vae", dtype=torch.float16)
     assert "norm.weight" in caplog.text
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.floats(width=16), max_size=6),
-    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-)
-def test_finite_means_what_torch_means(values: list[float], dtype: torch.dtype) -> None:
-    tensor = torch.tensor(values, dtype=dtype)
-    assert is_finite(tensor) == bool(tensor.isfinite().all())
-
-
-@pytest.mark.parametrize("at", [0, BLOCK - 1, BLOCK, 3 * BLOCK])
-def test_one_number_that_is_not_finite_is_found_wherever_it_is(at: int) -> None:
-    tensor = torch.zeros(3 * BLOCK + 1, dtype=torch.float16)
-    assert is_finite(tensor)
-    tensor[at] = -torch.inf
-    assert not is_finite(tensor)
-
-
-@needs_float8
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_float8_that_is_not_a_number_is_found_too(dtype: str) -> None:
-    for values, finite in (([0.5, -448.0], True), ([0.5, float("nan")], False)):
-        assert is_finite(torch.tensor(values).to(getattr(torch, dtype))) == finite
 
 
 def test_types_are_compared_before_anything_is_read(tiny_state: dict[str, torch.Tensor]) -> None:

@@ -31,13 +31,23 @@ class Draft:
     sources: Mapping[str, Source] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def read(cls, target: type[Any], entry: Entry, place: Path, options: Options, *, repair: bool = False) -> Draft:
+    def read(
+        cls,
+        target: type[Any],
+        entry: Entry,
+        place: Path,
+        options: Options,
+        *,
+        repair: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Draft:
         """Makes a component out of its folder; of a model's weights the headers only.
 
         Args:
             target: the class to make; ``entry`` is that of its family.
             place: the component's folder.
             repair: whether known faults of old configs are put right.
+            dtype: that a model says it has until its weights are read.
 
         Raises:
             ConfigError: the config cannot be built, or is that of another class.
@@ -57,7 +67,7 @@ class Draft:
         choice = folder.find_weights(place, entry, options.variant, options.use_safetensors)
         weights = folder.open_component(place, choice)
         try:
-            model = fill.build(target, config, limit=len(weights.tensors) + SPARE_TENSORS)
+            model = fill.build(target, config, limit=len(weights.tensors) + SPARE_TENSORS, dtype=dtype)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

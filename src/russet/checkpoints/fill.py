@@ -2,24 +2,24 @@
 
 A model is built on ``meta``, so nothing is allocated or initialised for nothing. Names, shapes and types are compared
 before the first byte is read. Values that stay as they are stored, on the CPU, are then views of the mapped file; all
-others are converted and moved tensor by tensor, so the peak is the model itself and the tensors in flight.
+others are converted and moved tensor by tensor, so the peak is the model itself and the tensors in flight. Whichever
+way a value comes, it is looked at before ``fill`` returns: NaN and infinity are reported by name before any use.
 """
 
 from __future__ import annotations
 
 import collections
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from russet.checkpoints.finite import broken, is_finite
 from russet.checkpoints.stored import Source
 from russet.errors import ConfigError, CorruptFile, KeyMismatch, RussetError
 
@@ -32,14 +32,10 @@ T = TypeVar("T")
 # For each name in a state dict its tensor, and everywhere that this tensor is used.
 Places = dict[str, tuple[torch.Tensor, list[tuple[nn.Module, str]]]]
 
-# Integers of as many bytes as a floating-point number has.
-_INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
-
 SHOWN = 10  # names listed of each kind of mismatch
-READERS = 2  # threads: reading, converting and checking let go of the interpreter's lock
+READERS = 2  # threads: reading and converting let go of the interpreter's lock
 AHEAD = READERS  # batches of tensors that wait, converted, to be put in place
 BATCH = 1 << 20  # elements of a batch, at least, where more than one tensor is in it
-BLOCK = 1 << 19  # elements that are looked at together, so that the second look finds them in the processor's cache
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -48,15 +44,16 @@ class _EmptyOnMeta(TorchFunctionMode):
     ``torch.device("meta")`` as a context would do more, and torch 1.13 does not have it.
     """
 
-    def __init__(self, limit: int | None) -> None:
+    def __init__(self, limit: int | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.limit = limit
+        self.dtype = dtype
         self.made = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
+            kwargs = {**kwargs, "device": "meta", "dtype": kwargs.get("dtype") or self.dtype}
             self.made += 1
             if self.limit is not None and self.made > self.limit:
                 raise ConfigError(f"this config describes a model of more than {self.limit} tensors")
@@ -72,18 +69,19 @@ def _is_in_place(func: Any) -> bool:
     return name.endswith("_") and not name.startswith("_")
 
 
-def build(cls: type[Module], config: Any, limit: int | None = None) -> Module:
+def build(cls: type[Module], config: Any, limit: int | None = None, dtype: torch.dtype | None = None) -> Module:
     """A model in eval mode whose parameters have no memory yet, for ``fill``.
 
     Args:
         limit: how many tensors the model may have. A config is a stranger's text too: a billion layers would take for
             ever to build, and cannot fit a file of a thousand tensors.
+        dtype: that the parameters have until they are filled; None is torch's default.
 
     Raises:
         ConfigError: the config cannot be built, or needs more tensors than ``limit``.
     """
     try:
-        with _EmptyOnMeta(limit):
+        with _EmptyOnMeta(limit, dtype):
             model = cls(config)
     except RussetError:
         raise
@@ -114,21 +112,37 @@ def fill(
     _check_names(model, places, {name: source.shape for name, source in sources.items()}, where)
     _check_types(places, sources, where)
 
-    def ready(name: str) -> tuple[str, torch.Tensor, bool]:
-        source, kind = sources[name], places[name][0].dtype
-        target = (dtype or source.torch_dtype) if kind.is_floating_point else kind
-        value = source.read(brief=source.torch_dtype != target or device.type != "cpu").to(target)
-        sound = is_finite(value)
+    def target(name: str) -> torch.dtype:
+        kind = places[name][0].dtype
+        return (dtype or sources[name].torch_dtype) if kind.is_floating_point else kind
+
+    def stays(name: str) -> bool:
+        laid = memory_format == torch.contiguous_format or len(sources[name].shape) != 4
+        return device.type == "cpu" and laid and sources[name].torch_dtype == target(name)
+
+    def changed(name: str) -> tuple[str, torch.Tensor, bool]:
+        stored, wanted = sources[name].read(brief=True), target(name)
+        value = stored.to(wanted)
+        sound = is_finite(value if _may_overflow(stored.dtype, wanted) else stored)
         return name, value.contiguous(memory_format=memory_format) if value.dim() == 4 else value, sound
 
-    broken = []
-    for batch in _in_threads(lambda names: [ready(name) for name in names], _batches(sources)):
+    kept = {name: source.read() for name, source in sources.items() if stays(name)}
+    for name, value in kept.items():
+        _assign(places[name][1], value)
+    faulty = set(broken(kept))
+    others = {name: source for name, source in sources.items() if name not in kept}
+    for batch in _in_threads(lambda names: [changed(name) for name in names], _batches(others)):
         for name, value, sound in batch:
             _assign(places[name][1], value.to(device))  # by this thread alone: not all devices take several at a time
             if not sound:
-                broken.append(name)
-    if broken:
-        log.warning("%s: NaN or Inf in %s; pictures will be black or broken", where, _listed(broken))
+                faulty.add(name)
+    if faulty:
+        listed = _listed([name for name in sources if name in faulty])
+        log.warning("%s: NaN or Inf in %s; pictures will be black or broken", where, listed)
+
+
+def _may_overflow(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    return stored.is_floating_point and torch.finfo(stored).max > torch.finfo(wanted).max
 
 
 def _batches(sources: Mapping[str, Source]) -> Iterator[list[str]]:
@@ -194,33 +208,6 @@ def _check_types(places: Places, sources: Mapping[str, Source], where: str) -> N
     for name, source in sources.items():
         if source.torch_dtype.is_floating_point != places[name][0].is_floating_point():
             raise CorruptFile(f"{where}: {name} is stored as {source.torch_dtype}; quantised weights are not supported")
-
-
-def is_finite(value: torch.Tensor) -> bool:
-    """Whether no element is NaN or Inf, found on the bits: an integer maximum of each sign, no temporary tensor.
-
-    numpy, because torch would start threads of its own in each reader, which get in each other's way, and because torch
-    1.13 knows no extremes of half precision.
-    """
-    if not value.is_floating_point() or value.numel() == 0:
-        return True
-    if value.element_size() == 1:  # of the types of 8 bits, some have no infinity
-        value = value.to(torch.float16)
-    signed, unsigned = _INTEGERS[value.element_size()]
-    bits = value.contiguous().view(signed).numpy().reshape(-1)
-    infinity, sign = _infinity(value.dtype), 1 << (8 * value.element_size() - 1)
-    blocks = (bits[start : start + BLOCK] for start in range(0, len(bits), BLOCK))
-    return all(
-        int(np.maximum.reduce(block)) < infinity and int(np.maximum.reduce(block.view(unsigned))) < sign + infinity
-        for block in blocks
-    )
-
-
-@functools.lru_cache
-def _infinity(dtype: torch.dtype) -> int:
-    """The bits of infinity, as a whole number."""
-    value = torch.tensor(math.inf, dtype=dtype)
-    return int(value.view(_INTEGERS[value.element_size()][0]))
 
 
 def _places(model: nn.Module) -> Places:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from russet.checkpoints import fill, ldm_keys, old_configs, old_keys
 from russet.checkpoints.classes import find
 from russet.checkpoints.configs import Recipe
@@ -17,12 +19,15 @@ from russet.errors import CheckpointError, ConfigError, KeyMismatch
 OTHER_CONFIGS = "Configs other than the bundled ones are given as config="
 
 
-def draft(part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = False) -> Draft:
+def draft(
+    part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = False, dtype: torch.dtype | None = None
+) -> Draft:
     """One network of the file, built and compared with its tensors, none of which is read yet.
 
     Args:
         part: which network; one without prefixes is a file of that network alone, with our own names.
         averaged: take the averaged copy of the UNet.
+        dtype: that the network says it has until its weights are read.
 
     Raises:
         CheckpointError: the file does not have it.
@@ -37,7 +42,7 @@ def draft(part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = Fals
     if recipe.repair:
         parsed = old_configs.repaired(parsed, where)
     try:
-        model = fill.build(target, parsed, limit=2 * len(weights.tensors) + SPARE_TENSORS)  # q, k, v
+        model = fill.build(target, parsed, 2 * len(weights.tensors) + SPARE_TENSORS, dtype)  # twice: q, k, v
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         sources = find_tensors(part, weights, shapes, parsed, averaged=averaged)
         fill.check(model, sources, where)

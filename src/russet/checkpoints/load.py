@@ -79,7 +79,7 @@ def pipeline(
     started = time.perf_counter()
     repair = old_configs.repairs_apply(index.class_name)
     drafts = {
-        part: Draft.read(entry.load(), entry, place / part, options, repair=repair)
+        part: Draft.read(entry.load(), entry, place / part, options, repair=repair, dtype=precision_of(dtype, part))
         for part, entry in index.entries(skipped=overrides).items()
     }
     choices = {part: draft.choice for part, draft in drafts.items() if draft.choice is not None}

@@ -70,7 +70,12 @@ def single_file(
             f"{file.path} is a {file.kind} with {', '.join(foreign)}; load it with {recipe.class_name}"
         )
     started = time.perf_counter()
-    drafts = {part.component: draft(part, file.weights, recipe, averaged=request.extract_ema) for part in parts}
+    drafts = {
+        part.component: draft(
+            part, file.weights, recipe, averaged=request.extract_ema, dtype=precision_of(dtype, part.component)
+        )
+        for part in parts
+    }
     if strangers := ldm_keys.strangers(file.weights.tensors):
         log.warning("%s: %d tensors not used, such as %s", file.path, len(strangers), strangers[0][:200])
     wanted = [name for name in SMALL if name in recipe.parts and name not in overrides]
