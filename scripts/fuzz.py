@@ -32,8 +32,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
-from russet.checkpoints import load
+from russet.checkpoints import load, prediction
 from russet.checkpoints.files import Weights, open_shards, open_weights
+from russet.checkpoints.inspect import inspect
 from russet.checkpoints.locate import MINI
 from russet.checkpoints.pickles import unpickle
 from russet.checkpoints.torch_files import _ALLOWED
@@ -127,6 +128,48 @@ def run_folder(data: bytes, folder: Path) -> None:
     load.pipeline(folder)
 
 
+def inspect_seeds() -> list[bytes]:
+    """Files of each kind that is recognised, their tensors without elements: a model, LoRAs, a VAE, new words."""
+    model = {
+        "input_blocks.0.0.weight": (0, 4, 3, 3),
+        "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (0, 768),
+    }
+    model = {f"model.diffusion_model.{name}": shape for name, shape in model.items()}
+    model |= {"cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias": (0,), "v_pred": (0,)}
+    vae = {"first_stage_model.decoder.mid.block_1.norm1.weight": (0,), "first_stage_model.quant_conv.bias": (0,)}
+    layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    kohya = {f"lora_unet_{layer}.lora_{side}.weight": shape for side, shape in (("down", (0, 768)), ("up", (320, 0)))}
+    peft = {
+        f"unet.mid_block.attentions.0.proj_in.lora_{side}.weight": shape for side, shape in (("A", (0,)), ("B", (9, 0)))
+    }
+    words = {"string_to_param": {"*": torch.ones(2, 768)}, "name": "new"}
+    metadata = {
+        "modelspec.prediction_type": "v",
+        "modelspec.architecture": "stable-diffusion-v2-768-v",
+        "ss_network_alpha": "4",
+    }
+    files = [{name: torch.empty(shape) for name, shape in names.items()} for names in (model | vae, vae, kohya, peft)]
+    return [*(save_safetensors(file, metadata) for file in files), saved(words)]
+
+
+def run_inspect(data: bytes, folder: Path) -> None:
+    (folder / "v2-1_768.safetensors").write_bytes(data)
+    assert str(inspect(folder / "v2-1_768.safetensors"))
+
+
+def sidecar_seeds() -> list[bytes]:
+    ldm = (
+        "model:\n  target: ldm.Diffusion\n  params:\n    parameterization: v\n    unet_config: {params: {a: [1, 2]}}\n"
+    )
+    sgm = "model:\n  params: &p\n    denoiser_config: {params: {scaling_config: {target: a.VScaling}}}\n  more: *p\n"
+    return [ldm.encode(), sgm.encode()]
+
+
+def run_sidecar(data: bytes, folder: Path) -> None:
+    (folder / "model.yaml").write_bytes(data)
+    prediction.sidecar_meaning(prediction.read_sidecar(folder / "model.yaml"))
+
+
 Target = tuple[Callable[[], list[bytes]], Callable[[bytes, Path], None]]
 TARGETS: dict[str, Target] = {
     "weights": (weights_seeds, run_weights),
@@ -134,6 +177,8 @@ TARGETS: dict[str, Target] = {
     "pickle": (pickle_seeds, run_pickle),
     "index": (index_seeds, run_index),
     "folder": (folder_seeds, run_folder),
+    "inspect": (inspect_seeds, run_inspect),
+    "sidecar": (sidecar_seeds, run_sidecar),
 }
 
 # -- mutations
@@ -178,23 +223,44 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     return bytes(content)
 
 
+VALUES = [None, -1, 0, 1, 2**40, 2**63, 1e308, "", "x", [], {}, [[]], True, [1, 2], [-1], "../x", 10**9, 0.5, "F8_E5M2"]
+
+
 def swapped_json(data: bytes, chance: random.Random) -> bytes:
     """A sound JSON file with one value exchanged: damage that gets past the parser."""
     head, separator, text = data.partition(b"\0")
-    values = [None, -1, 0, 1, 2**40, 1e308, "", "x", [], {}, [[]], True, [1, 2], [-1], "../x", 10**9, 0.5]
     with contextlib.suppress(ValueError):
         config = json.loads(text if separator else data)
         for _ in range(chance.choice([1, 1, 2, 4])):
-            config[chance.choice([*config, "new"])] = chance.choice(values)
+            config[chance.choice([*config, "new"])] = chance.choice(VALUES)
         return head + separator + json.dumps(config).encode() if separator else json.dumps(config).encode()
     return data
+
+
+def swapped_header(data: bytes, chance: random.Random) -> bytes:
+    """A sound safetensors file whose header says something else of one tensor, or has another name for it."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        name = chance.choice([*header, "new"])
+        entry = header.get(name)
+        if not isinstance(entry, dict) or chance.random() < 0.2:
+            header[name] = chance.choice(VALUES)
+        elif chance.random() < 0.2:
+            header[chance.choice([*header, "../x", "a" * 2000, "position_ids"])] = header.pop(name)
+        else:
+            entry[chance.choice([*entry, "new"])] = chance.choice(
+                [*VALUES, [2**31, 2**31], [0, 2**62], [0] * 99, [0, 24]]
+            )
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def inputs(seeds: list[bytes], chance: random.Random) -> Iterator[bytes]:
     while True:
         seed = chance.choice(seeds)
-        change = swapped_json if seed.rstrip().endswith(b"}") and chance.random() < 0.5 else mutated
-        yield change(seed, chance)
+        shrewd = swapped_json if seed.rstrip().endswith(b"}") else swapped_header if seed[8:9] == b"{" else mutated
+        yield (shrewd if chance.random() < 0.5 else mutated)(seed, chance)
 
 
 # -- running
