@@ -185,9 +185,12 @@ class padded:
 
     def widen(self, x: Tensor, least: int = 0) -> Tensor:
         """``x`` [..., D] zero-padded to the size that holds it and ``least`` features."""
-        largest = max(x.shape[-1], least)
-        room = next((dim for dim in self.dims if dim >= largest), largest)
-        return F.pad(x, (0, room - x.shape[-1])) if x.shape[-1] < room else x
+        size = self.room(max(x.shape[-1], least))
+        return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+
+    def room(self, features: int) -> int:
+        """The size that heads of so many features are padded to."""
+        return next((dim for dim in self.dims if dim >= features), features)
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,19 @@ class contiguous:
         return self.inner(q.contiguous(), k.contiguous(), v.contiguous(), scale, mask)
 
 
+def is_fused(attention: Attention) -> bool:
+    """Whether ``attention`` leaves it all to torch's own kernel, on padded heads or not."""
+    return attention is fused or (isinstance(attention, padded) and is_fused(attention.inner))
+
+
 def widened(attention: Attention, x: Tensor) -> Tensor:
     """``x`` [..., D] with its features zero-padded if ``attention`` would pad them: once instead of in every call."""
     return attention.widen(x) if isinstance(attention, padded) else x
+
+
+def room(attention: Attention, features: int) -> int:
+    """What ``attention`` pads heads of so many features to."""
+    return attention.room(features) if isinstance(attention, padded) else features
 
 
 def _spread(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -118,8 +118,13 @@ class Plain:
         return norm(x)  # type: ignore[no-any-return]
 
     def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
-        value, gate = proj(x).chunk(2, dim=-1)
-        return F.gelu(gate).mul_(value)
+        return gated(proj(x))
+
+
+def gated(h: Tensor) -> Tensor:
+    """The first half of the features [B, N, 2D] times the GELU of the second."""
+    value, gate = h.chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
 
 
 def convolution(steps: Elementwise, x: Tensor, conv: nn.Conv2d) -> Tensor:

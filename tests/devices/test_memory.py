@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from russet.attention import HAS_SDPA, chunked, fused, sliced, upcast
+from russet.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.checkpoints.fill import build
-from russet.devices import activations, parameters, published
+from russet.devices import activations, parameters, prepared, published
 from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.devices.choices import AttentionChoice
-from russet.devices.facts import parse_version
+from russet.devices.facts import mac, parse_version
+from russet.devices.plan import Request, plan
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 from russet.errors import ConfigError, InputError
 from russet.models import norms
@@ -78,6 +80,44 @@ def test_a_unet_call_peaks_as_predicted(name, attention):
     assert unet_peak(UNetSizes.of(UNETS[name]), 2, (18, 32), Arithmetic(attention=choice)) == pytest.approx(
         measured, rel=WITHIN
     )
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 joins no weights")
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_call_with_sums_in_products_peaks_as_predicted(name, absorbed):
+    unet = UNet2DConditionModel(UNETS[name])
+    unet.set_attention(fused)
+    unet.lay_together()
+    unet.lay_sums(2)
+    x, text = torch.randn(2, 4, 18, 32), unet.read(torch.randn(2, 77, 32), absorbed=absorbed)
+    measured = peak_of(lambda: unet(x, 1.0, text))
+    how = Arithmetic(summed=True, absorbed=absorbed)
+    assert unet_peak(UNetSizes.of(UNETS[name]), 2, (18, 32), how) == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 joins no weights")
+@pytest.mark.parametrize("name", UNETS)
+def test_what_is_made_before_the_first_step_takes_what_is_predicted(name):
+    unet, u = UNet2DConditionModel(UNETS[name]).requires_grad_(False), UNetSizes.of(UNETS[name])
+    unet.set_attention(padded(fused, (6, 48)))
+    unet.lay_together()
+    sizes = dataclasses.replace(published.sd15(images=1), unet=u)
+    found = plan(mac("M1", memory_gib=64), sizes, Request(dtype="float32"))
+    choice = AttentionChoice(pad=(6, 48))
+    unet.lay_sums(0)  # nothing repeated, but all weights laid with what they need beside them
+    unet.drop_sums()
+    with LiveBytes() as counted:
+        unet.lay_sums(2)
+        live = counted.live
+        text = unet.read(torch.randn(2, 77, 32), absorbed=True)
+        absorbed = counted.live - live
+        times = unet.tell([500.0] * prepared.TOLD)
+        told = counted.live - live - absorbed
+    assert live == pytest.approx(prepared.copied_bytes(sizes, found, 2, choice), rel=WITHIN)
+    assert absorbed == pytest.approx(prepared.absorbed_bytes(sizes, found), rel=WITHIN)
+    assert told == pytest.approx(prepared.told_bytes(sizes, found), rel=WITHIN)
+    del text, times
 
 
 def test_half_precision_with_float32_scores_peaks_as_predicted():

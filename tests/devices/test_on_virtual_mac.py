@@ -325,14 +325,65 @@ def test_three_gigabytes_are_enough_on_any_torch_beside_a_browser(torch_version,
     assert counts.peak <= 3.0e9
 
 
-def test_a_guided_unet_call_runs_few_kernels_and_takes_little_memory(stable_diffusion):
-    skip_newer("2.13.0")
-    with VirtualMac(shapes_only=True) as mac, torch.no_grad():
-        pipe = stable_diffusion()
-        drawn(mac, pipe, 512, 512)
-        x, context = torch.zeros(2, 4, 64, 64).half().to("mps"), torch.zeros(2, 77, 768).half().to("mps")
+def last_call(mac: VirtualMac, pipe: Any, steps: int = 4) -> tuple[Counts, int]:
+    """What the last UNet call of a picture did, and the bytes that were live before the picture: the weights."""
+    forward, calls = pipe.unet.forward, []
+
+    def counted(*args: Any, **options: Any) -> Any:
         with mac.measure() as counts:
-            pipe.unet(x, 500.0, context)
+            output = forward(*args, **options)
+        calls.append(counts)
+        return output
+
+    pipe(
+        "a cat", num_inference_steps=1, output_type="latent", seed=0
+    )  # weights that lie side by side do so from now on
+    weights, pipe.unet.forward = mac.account.live, counted
+    pipe("a cat", num_inference_steps=steps, output_type="latent", seed=0)
+    pipe.unet.forward = forward
+    return calls[-1], weights
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "mebibytes"), [(torch.float16, 480, 200), (torch.float32, 560, 200)], ids=str
+)
+def test_a_guided_unet_call_runs_few_kernels_and_takes_little_memory(dtype, kernels, mebibytes, stable_diffusion):
+    skip_newer("2.13.0")
+    with VirtualMac(shapes_only=True) as mac:
+        counts, weights = last_call(mac, stable_diffusion().to(dtype))
     assert counts.sync_count == 0
-    assert counts.extra <= 200 * 2**20
-    assert counts.kernel_count <= 740
+    assert counts.kernel_count <= kernels
+    assert counts.peak - weights <= mebibytes * 2**20  # with all that was made for the run
+
+
+def test_without_fast_paths_a_call_keeps_nothing_and_runs_more_kernels(stable_diffusion):
+    skip_newer("2.13.0")
+    with VirtualMac(shapes_only=True) as mac:
+        pipe = stable_diffusion()
+        pipe.disable_fast_paths()
+        counts, weights = last_call(mac, pipe)
+    assert counts.kernel_count > 640
+    assert counts.start - weights < 2**21  # latents and texts
+
+
+# -- the same with fast paths and without
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "macos", "dtype", "least"),
+    [
+        ("2.13.0", "15.0", torch.float32, 90),
+        ("2.13.0", "15.0", torch.float16, 50),
+        ("2.13.0", "14.6", torch.float16, 50),
+        ("2.12.1", "15.0", torch.float16, 50),
+        ("2.5.1", "15.0", torch.float32, 90),
+    ],
+    indirect=["torch_version"],
+)
+def test_fast_paths_change_no_picture(torch_version, macos, dtype, least):
+    with VirtualMac(torch=torch_version, macos=macos):
+        pipe = mini(dtype).to("mps")
+        fast = picture(pipe, steps=4)
+        pipe.disable_fast_paths()
+        plain = picture(pipe, steps=4)
+    assert psnr(fast, plain) > least

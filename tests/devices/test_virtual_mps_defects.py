@@ -79,6 +79,11 @@ def first_product():
     return random(3, 3).to("mps") @ random(3, 3).to("mps")
 
 
+def expanded_product():
+    x = random(1, 20, 3).to("mps").expand(2, -1, -1)
+    return torch.bmm(x, random(2, 3, 4).to("mps"))
+
+
 M1, M3 = {"chip": "M1 Pro"}, {"chip": "M3 Max"}
 
 CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is right
@@ -96,6 +101,7 @@ CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is rig
     (strided_weight, {"torch": "2.8.0"}, {"torch": "2.9.0"}),
     (plain_linear, {"torch": "2.5.1", "macos": "13.2"}, {"torch": "2.5.1", "macos": "13.3"}),
     (mixed_norm, {"torch": "2.13.0"}, {"torch": "2.12.0"}),
+    (expanded_product, {"macos": "15.0"}, {"macos": "14.6"}),
     (first_product, {"torch": "1.13.1"}, {"torch": "2.0.1"}),
 ]
 

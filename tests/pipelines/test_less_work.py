@@ -14,7 +14,7 @@ import torch
 import russet
 from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines.graphs import Graphs
-from russet.pipelines.guidance import Guidance, unet_call
+from russet.pipelines.guidance import guidance_embedding, unet_call
 
 FAST = {"num_inference_steps": 6, "output_type": "latent", "seed": 1}
 INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
@@ -302,13 +302,14 @@ class Replayed(Graphs):
         return call(*[x.clone() for x in inputs])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("read_once", [True, False])
-@pytest.mark.parametrize("told", [None, 24])
-def test_a_recorded_call_is_given_all_that_a_plain_one_is(told: int | None, read_once: bool, tiny: Any) -> None:
-    unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=told).requires_grad_(False)
+@pytest.mark.parametrize("text_keys", ["kept", "each call"])
+@pytest.mark.parametrize("width", [None, 24])
+def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, text_keys: str, tiny: Any) -> None:
+    unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=width).requires_grad_(False)
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    told = None if width is None else guidance_embedding(7.5, width)
     graphs = Replayed()
-    plain, recorded = (unet_call(unet, context, Guidance(), read_once=read_once, graphs=one) for one in (None, graphs))
+    plain, recorded = (unet_call(unet, context, told, text_keys=text_keys, graphs=one) for one in (None, graphs))
     assert torch.equal(plain(x, 600.0)[0], recorded(x, 600.0)[0])
     for branch in range(unet.deep_branches):
         output, kept = plain(x, 600.0, deep_branch=branch)

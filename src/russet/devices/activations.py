@@ -67,6 +67,8 @@ class Arithmetic:
 
     width: bytes per number. composed: GroupNorm is composed of plain operations. reordered: GroupNorm takes a map apart
     by channels, as CUDA's does, and what follows puts it together again. gated: large gated layers gate what they make.
+    summed: sums are parts of products, and what went into a step of a transformer's block is free after it. absorbed:
+    the text is multiplied into weights.
     """
 
     width: int = 4
@@ -74,6 +76,8 @@ class Arithmetic:
     composed: bool = False
     reordered: bool = False
     gated: bool = False
+    summed: bool = False
+    absorbed: bool = False
 
 
 @dataclass
@@ -117,11 +121,17 @@ class Walk:
         if depth:
             own = Attended(batch=self.rows, heads=heads, queries=area, keys=area, dim=channels // heads)
             text = replace(own, keys=TEXT)
+            before = 2 * t if self.how.summed else 3 * t  # x, tokens; and those that entered the block
             self.moment(2 * t, 4 * t, own.scratch(self.how.attention, self.how.width))  # x, tokens; normed, q, k, v
-            self.moment(3 * t, 2 * t, text.scratch(self.how.attention, self.how.width))  # after attention; normed, q
+            if self.how.absorbed:
+                scores = self.map(area, heads * TEXT)
+                self.moment(before, t, 2 * scores, t)  # normed; scores and their softmax; the result
+            else:
+                self.moment(before, 2 * t, text.scratch(self.how.attention, self.how.width))  # normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
             gate = 0 if self.how.gated and gated_at_once(self.rows * area, channels) else 8 * t
-            self.moment(2 * t, t, t, gate, 4 * t)  # after attention; normed; the gated layer and its gate
+            normed = 0 if self.how.summed and depth == 1 else t  # what another block follows has its own bias
+            self.moment(before, normed, gate, 4 * t)  # the gated layer and its gate
         self.moment(4 * t)
 
     def upsample(self, x: int, channels: int, area: int) -> None:

@@ -175,6 +175,22 @@ BUGS: tuple[Bug, ...] = (
         torch=((2, 8), (2, 9)),
     ),
     Bug(
+        "gathered-operands",
+        "operands of a product that are not in order are copied before each product",
+        "weights that are read transposed would be copied in each call",
+        "sums are no parts of products, which would read weights transposed",
+        "https://github.com/pytorch/pytorch/pull/128393",
+        macos=(ANY, (15,)),
+    ),
+    Bug(
+        "expanded-operands",
+        "products of operands that are only seen as several, by a stride of 0, are wrong",
+        "most rows are zeros",
+        "what is multiplied with several matrices is copied for each, or not multiplied so",
+        PYTORCH + "180201",
+        macos=((15,), ANY),
+    ),
+    Bug(
         "bool-mask",
         "a mask of booleans crashes attention",
         "Python dies without an error",

@@ -31,7 +31,11 @@ MEANING: Mapping[str, str] = {
     "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
     "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
     "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
-    "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; or 'each call'",
+    "residual_sums": "'apart'; 'in products': the UNet's sums with a product are part of it (see russet.models.sums);"
+    " 'in products, with copies': also those that need copies of weights",
+    "times": "'ahead': what the UNet makes of the times of a run is computed before they come; or 'each call'",
+    "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; 'absorbed': and are"
+    " multiplied into the weights around them; or 'each call'",
     "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
     "memory_format": "'channels_last' or 'contiguous': module.to(memory_format=…) of UNet and VAE, and of what enters",
     "non_blocking": "the argument of that name of every copy to the device",
@@ -155,7 +159,7 @@ class Request:
             found["vae_batch"] = 1
         if self.fast_paths is False:
             found |= dict.fromkeys(("gated_products", "joined_products", "graphs"), False)
-            found |= {"elementwise": "plain", "text_keys": "each call"}
+            found |= {"elementwise": "plain", "residual_sums": "apart", "times": "each call", "text_keys": "each call"}
             found |= {"convolutions": "direct", "linear_layers": "native"}
         return found
 

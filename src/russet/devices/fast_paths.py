@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from russet.devices.choices import TEXT, Request
+from russet.devices.bugs import affected
+from russet.devices.calls import unet_rows
+from russet.devices.choices import Request
 from russet.devices.decisions import Decision, Decisions, gigabytes, settled
 from russet.devices.facts import Facts
+from russet.devices.prepared import absorbed_bytes, copied_bytes, text_key_bytes
 from russet.devices.sizes import Sizes
 
 X86 = ("x86_64", "AMD64")  # what Pythons call it on Linux and Windows
+
+ABSORBED = 2**26
+"""Bytes that texts in the weights may take: as much again as a UNet call of one 512×512 picture needs, at the most."""
+
 LAUNCH_BOUND = 8 * 512 * 512
 """Pixels times rows of a UNet call up to which launching its kernels one by one takes longer than running them.
 
@@ -24,7 +31,9 @@ def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -
         settled(user, "convolutions", *convolutions(facts, found)),
         settled(user, "linear_layers", *linear_layers(facts)),
         settled(user, "joined_products", *joined_products(facts, found)),
-        settled(user, "text_keys", *text_keys(facts, sizes, found)),
+        settled(user, "residual_sums", *residual_sums(facts, sizes, found)),
+        settled(user, "times", *times(facts, found)),
+        settled(user, "text_keys", *text_keys(facts, sizes, request, found)),
         settled(user, "graphs", *graphs(facts, sizes, found)),
     ]
 
@@ -74,18 +83,48 @@ def joined_products(facts: Facts, found: Decisions) -> tuple[bool, str]:
     return True, "one large product keeps the device busier than three small ones"
 
 
-def text_keys(facts: Facts, sizes: Sizes, found: Decisions) -> tuple[str, str]:
-    size = text_key_bytes(sizes, found)
+def residual_sums(facts: Facts, sizes: Sizes, found: Decisions) -> tuple[str, str]:
+    if facts.device != "mps":
+        return "apart", "there are no launches to save" if facts.device == "cpu" else "norms take the sums in"
+    if found.offload == "sequential":
+        return "apart", "layers come to the device one by one"
+    if bug := affected(facts, "gathered-operands"):
+        return "apart", f"on this macOS {bug.what}"
+    size = copied_bytes(sizes, found, unet_rows(sizes, found))
+    if found.width("unet") > 2:
+        return "in products", f"one operation for two; in float32 {gigabytes(size)} for copies of weights are too much"
+    if size > facts.budget // 50:
+        return "in products", f"one operation for two; {gigabytes(size)} for copies of weights are too much to keep"
+    return "in products, with copies", f"one operation for two, some of them by copies of weights: {gigabytes(size)}"
+
+
+def times(facts: Facts, found: Decisions) -> tuple[str, str]:
+    if facts.device != "mps":
+        return "each call", "to launch so little more takes no time here"
+    if found.offload == "sequential":
+        return "each call", "layers come to the device one by one"
+    return "ahead", "what the UNet makes of a time is the same for every picture and text"
+
+
+def text_keys(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -> tuple[str, str]:
+    size, absorbed = text_key_bytes(sizes, found), absorbed_bytes(sizes, found)
     if found.offload == "sequential":
         return "each call", "layers come to the device one by one"
     if size > facts.budget // 50:
         return "each call", f"{gigabytes(size)} for all prompts are too much to keep"
-    return "kept", f"the text is the same in all steps, and {gigabytes(size)} keep what is made of it"
-
-
-def text_key_bytes(sizes: Sizes, found: Decisions) -> int:
-    """What the keys and values of all prompts take, in all layers."""
-    return sizes.images * sizes.rows * TEXT * 2 * sizes.unet.attended * found.width("unet")
+    kept = f"the text is the same in all steps, and {gigabytes(size)} keep what is made of it"
+    if facts.device != "mps" or affected(facts, "no-sdpa") or affected(facts, "no-flash"):
+        return "kept", kept
+    if sizes.unet.upcast:
+        return "kept", f"{kept}; this network's scores are computed in float32, apart from its weights"
+    if request.attention_slicing not in (None, "off"):
+        return "kept", f"{kept}; attention in slices was asked for"
+    if found.width("unet") > 2 or absorbed > min(ABSORBED, facts.budget // 50):
+        return "kept", f"{kept}; {gigabytes(absorbed)} for the text in all weights would be too much"
+    return (
+        "absorbed",
+        f"the text is the same in all steps, and {gigabytes(absorbed)} hold it multiplied into the weights",
+    )
 
 
 def graphs(facts: Facts, sizes: Sizes, found: Decisions) -> tuple[bool, str]:

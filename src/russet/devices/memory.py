@@ -9,8 +9,8 @@ from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, t
 from russet.devices.calls import tile_latents, unet_rows
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.decisions import Decisions
-from russet.devices.fast_paths import text_key_bytes
 from russet.devices.parameters import counts, largest_layers
+from russet.devices.prepared import made_before, text_key_bytes
 from russet.devices.sizes import Sizes, TransformerSizes, UNetSizes, VAESizes
 
 __all__ = ["Estimate", "Sizes", "TransformerSizes", "UNetSizes", "VAESizes", "predict", "resident"]
@@ -54,7 +54,7 @@ def predict(sizes: Sizes, found: Decisions) -> Estimate:
     kept = latent_bytes(sizes) + (CUDA_LIBRARIES if on_cuda(found) else 0)
     pictures = sizes.images * 3 * sizes.width * sizes.height * 4
     beside = {"encode": 2 * pictures, "decode": pictures + recorded(sizes, found), "check": 2 * pictures}
-    beside["denoise"] = recorded(sizes, found) + (text_key_bytes(sizes, found) if found["text_keys"] == "kept" else 0)
+    beside["denoise"] = recorded(sizes, found) + made_before(sizes, found, unet_rows(sizes, found))
     needs["decode"] = max(needs["decode"], pictures)  # those of all parts are joined when the last part is done
     return Estimate(
         tuple(Phase(name, weights[name], needed, kept + beside.get(name, 0)) for name, needed in needs.items())
@@ -82,6 +82,8 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
             composed=found["group_norm"] == "composed",
             reordered=reordered(found),
             gated=found["gated_products"],
+            summed=found["residual_sums"] != "apart",
+            absorbed=found["text_keys"] == "absorbed",
         )
 
     needs = {}

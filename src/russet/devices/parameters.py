@@ -56,7 +56,7 @@ def spatial_transformer(width: int, depth: int, context: int) -> int:
 
 
 def unet(u: UNetSizes) -> int:
-    base, last, levels = u.channels[0], u.channels[-1], len(u.channels)
+    base = u.channels[0]
     time = 4 * base
     total = (
         linear(base, time) + linear(time, time) + conv(u.in_channels, base) + norm(base) + conv(base, u.out_channels)
@@ -67,24 +67,9 @@ def unet(u: UNetSizes) -> int:
         attention = 0 if depth is None else spatial_transformer(out, depth, u.context[level])
         return resnet(width, out, time) + attention
 
-    if u.middle is not None:
-        total += resnet(last, last, time) + sum(block(levels - 1, last, last, depth) for depth in u.middle)
-    skips, width = [base], base
-    for level, out in enumerate(u.channels):
-        for depth in u.down[level]:
-            total += block(level, width, out, depth)
-            width = out
-            skips.append(out)
-        if level < levels - 1:
-            total += conv(out, out)
-            skips.append(out)
-    for level in reversed(range(levels)):
-        out = u.channels[level]
-        for depth in u.up[level]:
-            total += block(level, width + skips.pop(), out, depth)
-            width = out
-        total += conv(out, out) if level else 0
-    return total
+    total += sum(block(level, width, u.channels[level], depth) for level, width, depth in u.blocks)
+    changes = [*u.channels[:-1], *u.channels[1:]]  # of resolution, on the way down and up
+    return total + sum(conv(width, width) for width in changes)
 
 
 def vae(v: VAESizes) -> int:

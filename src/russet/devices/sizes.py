@@ -59,11 +59,28 @@ class UNetSizes:
         )
 
     @property
-    def attended(self) -> int:
-        """Features of the keys that all layers together make of one token of the text."""
-        middle = (self.middle or (), self.channels[-1])
-        blocks = [middle, *zip(self.down, self.channels, strict=True), *zip(self.up, self.channels, strict=True)]
-        return sum(width * sum(depth or 0 for depth in depths) for depths, width in blocks)
+    def blocks(self) -> list[tuple[int, int, int | None]]:
+        """Level, channels that come in, and transformer layers behind it, of each residual block in their order."""
+        found: list[tuple[int, int, int | None]] = []
+        width, skips, bottom = self.channels[0], [self.channels[0]], len(self.channels) - 1
+        for level, depths in enumerate(self.down):
+            for depth in depths:
+                found.append((level, width, depth))
+                width = self.channels[level]
+                skips.append(width)
+            skips += [width] if level < bottom else []
+        if self.middle is not None:
+            found += [(bottom, width, depth) for depth in (None, *self.middle)]
+        for level in reversed(range(bottom + 1)):
+            for depth in self.up[level]:
+                found.append((level, width + skips.pop(), depth))
+                width = self.channels[level]
+        return found
+
+    @property
+    def transformers(self) -> list[tuple[int, int, int]]:
+        """Level, channels and layers of each transformer."""
+        return [(level, self.channels[level], depth) for level, _, depth in self.blocks if depth]
 
     def deep_map(self, branch: int) -> tuple[int, int]:
         """Level and channels of the map that enters the way up's residual block of a branch; 0 is the outermost."""

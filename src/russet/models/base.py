@@ -15,6 +15,7 @@ from russet.component import Component
 from russet.config import Config
 from russet.elementwise import PLAIN, Elementwise
 from russet.errors import ArgumentTypeError
+from russet.models.sums import Summing
 from russet.models.together import SideBySide, Together
 
 
@@ -94,12 +95,28 @@ class Model(nn.Module, Component):
         for parameters in self._side_by_side():
             parameters.lay()
 
+    def lay_sums(self, copies: int | None = None) -> None:
+        """Prepares residual sums that are part of a product, until ``drop_sums``; see ``russet.models.sums``.
+
+        copies: also those that need copies of weights, for calls with so many rows.
+        """
+        for module in self.modules():
+            if isinstance(module, Summing):
+                module.lay_sums(copies)
+
+    def drop_sums(self) -> None:
+        """Computes as before, and frees what ``lay_sums`` made."""
+        for module in self.modules():
+            if isinstance(module, Summing):
+                module.sums = None
+
     def _side_by_side(self) -> Iterator[SideBySide]:
         for module in self.modules():
             for value in vars(module).values():
                 yield from value.joined if isinstance(value, Together) else ()
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
+        self.drop_sums()
         for parameters in self._side_by_side():  # each of them is about to move on its own
             parameters.part()
         self.prepared = None

@@ -7,7 +7,8 @@ from itertools import pairwise
 from torch import Tensor, cat, nn
 
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
-from russet.models.transformer import SpatialTransformer, Text, seen
+from russet.models.text import Text
+from russet.models.transformer import SpatialTransformer, seen
 from russet.models.unet_config import Level, UNetConfig
 
 

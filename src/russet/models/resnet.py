@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from russet.elementwise import convolution, resized
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Stepping
-from russet.models.together import TimeTogether
+from russet.models.sums import Summing, shortcut_sum
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,22 @@ class ResnetStyle:
 
 
 class Time:
-    """The activated time embedding [B or 1, time], and what it adds to the channels of each residual block."""
+    """The activated time embedding [B or 1, time], and what it adds to the channels of each residual block.
 
-    def __init__(self, emb: Tensor, together: TimeTogether | None = None) -> None:
+    made: by each block's projection, the latter where it was computed for all blocks together.
+    """
+
+    def __init__(self, emb: Tensor, made: Mapping[nn.Module, Tensor]) -> None:
         self.emb = emb
-        self._made = {} if together is None else together.shifts(emb)
+        self._made = made
+
+    def apart(self) -> list[Time]:
+        """Each row as a time of its own, for all rows of a later call."""
+        parts = {projection: shifts.split(1) for projection, shifts in self._made.items()}  # type: ignore[no-untyped-call]
+        return [
+            Time(row, {projection: rows[i] for projection, rows in parts.items()})
+            for i, row in enumerate(self.emb.split(1))  # type: ignore[no-untyped-call]
+        ]
 
     def shift(self, projection: nn.Linear | None) -> tuple[Tensor | None, bool]:
         """What one block adds [B or 1, outputs], and whether its convolution's bias is part of that."""
@@ -49,7 +61,7 @@ class Time:
         return (projection(self.emb), False) if made is None else (made, True)
 
 
-class Resnet(Stepping):
+class Resnet(Summing, Stepping):
     """Residual block: norm, activation, convolution, twice, added to the input (arXiv:2006.11239, appendix B)."""
 
     def __init__(self, inputs: int, outputs: int, style: ResnetStyle) -> None:
@@ -81,13 +93,19 @@ class Resnet(Stepping):
         else:
             h, rest = steps.convolved(h, self.conv1, told, whole=whole)
             h = steps.normed(h, self.norm2, self.act, rest)
-        h, rest = steps.convolved(h, self.conv2)
-        h = steps.added(h, self._beside(x) if beside is None else beside, rest)
+        if self.sums is not None and len(self.sums.weight) == len(x):
+            h = self.sums.added(h, x)
+        else:
+            h, rest = steps.convolved(h, self.conv2)
+            h = steps.added(h, self._beside(x) if beside is None else beside, rest)
         return h if self.divisor == 1 else h / self.divisor
 
     def _beside(self, x: Tensor) -> Tensor:
         """What the result is added to."""
         return x if self.conv_shortcut is None else convolution(self.steps, x, self.conv_shortcut)
+
+    def lay_sums(self, copies: int | None) -> None:
+        self.sums = None if copies is None else shortcut_sum(self.conv2, self.conv_shortcut, copies)
 
 
 class Downsample(Stepping):

@@ -23,19 +23,21 @@ class SideBySide:
         self.layers = tuple(layers)
         self.name = name
         self._whole: Tensor | None = None
+        self._spare = 0
 
-    def lay(self) -> None:
-        """Joins the parameters, if every layer has one and they are not joined yet."""
+    def lay(self, spare: int = 0) -> None:
+        """Joins the parameters, with ``spare`` zeros behind them, if every layer has one and they are not yet."""
         parts = [layer._parameters[self.name] for layer in self.layers]
-        if self.whole is not None or any(part is None for part in parts):
+        if any(part is None for part in parts) or (self.whole is not None and self._spare >= spare):
             return
         if not hasattr(Tensor, "untyped_storage"):  # torch 1.13 cannot tell what lies where
             return
-        whole = torch.cat([part.detach() for part in parts if part is not None])
-        cut = whole.split([len(part) for part in parts if part is not None])  # type: ignore[no-untyped-call]
+        there = [part.detach() for part in parts if part is not None]
+        whole = torch.cat([*there, *([there[0].new_zeros(spare, *there[0].shape[1:])] if spare else [])])
+        cut = whole[: len(whole) - spare].split([len(part) for part in there])  # type: ignore[no-untyped-call]
         for layer, old, new in zip(self.layers, parts, cut, strict=True):
             layer._parameters[self.name] = nn.Parameter(new, requires_grad=old is not None and old.requires_grad)
-        self._whole = whole
+        self._whole, self._spare = whole, spare
 
     def part(self) -> None:
         """Forgets what is shared, so that the layers' own parameters are all that holds memory."""
@@ -54,7 +56,12 @@ class SideBySide:
             if hooked(layer) or (part.requires_grad and torch.is_grad_enabled()):
                 return None
             place += part.numel()
-        return self._whole
+        return self._whole[: len(self._whole) - self._spare]
+
+    @property
+    def with_spare(self) -> Tensor | None:
+        """The joined parameters and the zeros behind them."""
+        return None if self.whole is None else self._whole
 
 
 class Together:

@@ -5,13 +5,16 @@ Inside it a map [B, C, h, w] is a row of tokens [B, N = h·w, C]. For a channels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
+import torch
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-from russet.attention import widened
+from russet.attention import is_fused, widened
+from russet.elementwise import gated, hooked
+from russet.models.absorbed import Absorbed
 from russet.models.base import Attending, Stepping
+from russet.models.sums import Summing, attention_sum, carried_bias
+from russet.models.text import Text
 from russet.models.together import Together
 
 
@@ -36,34 +39,7 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.view(batch, *like.shape[2:], features).permute(0, 3, 1, 2)
 
 
-class Text:
-    """The encoded text [B, M, Dc], and the keys and values that each layer makes of it, computed once a prompt."""
-
-    def __init__(self, context: Tensor, readers: Iterable[MultiHeadAttention] = ()) -> None:
-        self.context = context
-        self._made = {reader: reader.keys_values(context) for reader in readers}
-
-    @property
-    def rows(self) -> int:
-        return len(self.context)
-
-    def keys_values(self, reader: MultiHeadAttention) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, M, D] for one layer."""
-        made = self._made.get(reader)
-        return reader.keys_values(self.context) if made is None else made
-
-    def tensors(self) -> list[Tensor]:
-        """The text and all that was made of it."""
-        return [self.context, *(tensor for pair in self._made.values() for tensor in pair)]
-
-    def of(self, tensors: Sequence[Tensor]) -> Text:
-        """The same for other tensors, in the order of ``tensors()``."""
-        text = Text(tensors[0])
-        text._made = dict(zip(self._made, zip(tensors[1::2], tensors[2::2], strict=True), strict=True))
-        return text
-
-
-class MultiHeadAttention(Attending):
+class MultiHeadAttention(Summing, Attending):
     """Attention of tokens [B, N, D] to themselves, or to a text (arXiv:1706.03762)."""
 
     def __init__(self, dim: int, heads: int, context: int | None = None, bias: bool = False) -> None:
@@ -73,7 +49,7 @@ class MultiHeadAttention(Attending):
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context or dim, dim, bias=bias)
         self.to_v = nn.Linear(context or dim, dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])  # number 1 is the dropout of training
         self.features = dim // heads
         self.own = Together([self.to_q, self.to_k, self.to_v]) if context is None else None
 
@@ -81,6 +57,26 @@ class MultiHeadAttention(Attending):
         q, k, v = self._of_itself(x) if text is None else (self._heads(self.to_q(x)), *text.keys_values(self))
         out = self.attention(q, k, v, self.scale)[..., : self.features]
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    @property
+    def out(self) -> nn.Linear:
+        """The projection of the heads put together."""
+        found = self.to_out[0]
+        assert isinstance(found, nn.Linear)
+        return found
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether a text can be multiplied into the weights."""
+        return is_fused(self.attention) and not any(hooked(layer) for layer in (self, self.to_q, self.out))
+
+    def absorb(self, context: Tensor) -> Absorbed:
+        """The text [B, M, Dc] in the weights."""
+        keys, values = self._heads(self.to_k(context)), self._heads(self.to_v(context))
+        return Absorbed.of(keys, values, self.to_q, self.out, self.scale)
+
+    def lay_sums(self, copies: int | None) -> None:
+        self.sums = None if copies is None else attention_sum(self.own, self.out, self.heads, self.attention)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """What a text [B, M, Dc] is attended by: keys and values [B, H, M, D], padded if attention pads them."""
@@ -122,6 +118,14 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # type: ignore[no-any-return]
 
+    def added(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x [B, N, D] plus what this makes of its norm, but for the last bias."""
+        first, last = self.net[0], self.net[2]
+        assert isinstance(first, GEGLU)
+        assert isinstance(last, nn.Linear)
+        h = gated(first.proj(first.steps.layer_norm(x, norm)))  # the norm is free as soon as it is multiplied
+        return torch.addmm(x.flatten(0, 1), h.flatten(0, 1), last.weight.t()).view_as(x)
+
 
 class TransformerBlock(Stepping):
     """Self-attention, attention to the text and a feed-forward layer, each added to its input.
@@ -151,9 +155,39 @@ class TransformerBlock(Stepping):
             x = repeated(x, text.rows)
         h = self.attn1(steps.layer_norm(x, self.norm1), text if self.only_cross else None)
         x, normed = steps.added_norm(h, x, self.norm2)
-        x, normed = repeated(x, text.rows), repeated(normed, text.rows)
-        x, normed = steps.added_norm(self.attn2(normed, text), x, self.norm3)
+        if text.absorbed(self.attn2) is None:
+            x, normed = repeated(x, text.rows), repeated(normed, text.rows)
+            x, normed = steps.added_norm(self.attn2(normed, text), x, self.norm3)
+        else:
+            x = self._read(x, normed, text)
+            normed = steps.layer_norm(x, self.norm3)
         return steps.added(self.ff(normed), x)
+
+    def _read(self, x: Tensor, normed: Tensor, text: Text) -> Tensor:
+        """x plus what the text says to ``normed``."""
+        x, absorbed = repeated(x, text.rows), text.absorbed(self.attn2)
+        if absorbed is None:
+            return self.steps.added(self.attn2(repeated(normed, text.rows), text), x)
+        return absorbed.added(x, normed if len(normed) == 1 else repeated(normed, text.rows))
+
+    # The same in three steps, with sums as parts of products. What a step was given is free when it has returned.
+
+    def own(self, x: Tensor, text: Text) -> Tensor:
+        if self.only_cross:
+            x = repeated(x, text.rows)
+        normed = self.steps.layer_norm(x, self.norm1)
+        if self.attn1.sums is not None:
+            return self.attn1.sums.added(x, normed, self.attn1.attention, self.attn1.scale)  # type: ignore[no-any-return]
+        return self.steps.added(self.attn1(normed, text if self.only_cross else None), x)
+
+    def cross(self, x: Tensor, text: Text) -> Tensor:
+        return self._read(x, self.steps.layer_norm(x, self.norm2), text)
+
+    def feed(self, x: Tensor, last: bool) -> Tensor:
+        """``last``: the last layer's bias is added elsewhere."""
+        return (
+            self.ff.added(x, self.norm3) if last else self.steps.added(self.ff(self.steps.layer_norm(x, self.norm3)), x)
+        )
 
 
 class Pointwise(nn.Conv2d):
@@ -166,7 +200,7 @@ class Pointwise(nn.Conv2d):
         return F.linear(input, self.weight.flatten(1), self.bias)
 
 
-class SpatialTransformer(Stepping):
+class SpatialTransformer(Summing, Stepping):
     """``depth`` transformer blocks over the positions of a map, added to it (arXiv:2112.10752, section 3.3)."""
 
     def __init__(
@@ -191,8 +225,31 @@ class SpatialTransformer(Stepping):
 
     def forward(self, x: Tensor, text: Text) -> Tensor:
         """From [B, C, h, w] and the text's k·B rows to [k·B, C, h, w] in the memory format of ``x``."""
+        if self.sums is not None:
+            return self._summed(x, text)
         tokens = self.proj_in(to_tokens(self.steps.normed(x, self.norm)))
         for block in self.transformer_blocks:
             tokens = block(tokens, text)
         x = seen(x, text.rows)
         return x + to_map(self.proj_out(tokens), like=x)  # x first: a sum takes the memory format of its first term
+
+    def lay_sums(self, copies: int | None) -> None:
+        blocks = self._blocks
+        if blocks and not any(hooked(module) for block in blocks for module in (block, block.ff, *block.ff.net)):
+            last = blocks[-1].ff.net[2]
+            assert isinstance(last, nn.Linear)
+            self.sums = carried_bias(last, self.proj_out)
+
+    @property
+    def _blocks(self) -> list[TransformerBlock]:
+        return [block for block in self.transformer_blocks if isinstance(block, TransformerBlock)]
+
+    def _summed(self, x: Tensor, text: Text) -> Tensor:
+        """The same, with sums as parts of products."""
+        tokens = self.proj_in(to_tokens(self.steps.normed(x, self.norm)))
+        for block in self._blocks:
+            tokens = block.own(tokens, text)
+            tokens = block.cross(tokens, text)
+            tokens = block.feed(tokens, last=block is self.transformer_blocks[-1])
+        x = seen(x, text.rows)
+        return x + to_map(F.linear(tokens, self.proj_out.weight.flatten(1), self.sums), like=x)

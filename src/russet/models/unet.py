@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from russet.elementwise import convolution
@@ -13,8 +14,9 @@ from russet.models.base import Stepping, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
+from russet.models.text import Text
 from russet.models.together import TimeTogether
-from russet.models.transformer import Text, TransformerBlock, repeated
+from russet.models.transformer import TransformerBlock, repeated
 from russet.models.unet_config import UNetConfig
 
 
@@ -61,16 +63,29 @@ class UNet2DConditionModel(Conditioned, Stepping):
         self.told = TimeTogether([projection for projection, _ in blocks], [conv for _, conv in blocks])
         self.eval()
 
-    def read(self, context: Tensor) -> Text:
-        """A text [B, N, D] with the keys and values that every layer makes of it, for many calls of one prompt."""
+    def read(self, context: Tensor, *, absorbed: bool = False) -> Text:
+        """A text [B, N, D] with the keys and values that every layer makes of it, for many calls of one prompt.
+
+        absorbed: both are multiplied into the weights around them, where that can be: fewer operations in each call.
+        """
         require_tensor("encoder_hidden_states", context)
         blocks = (block for block in self.modules() if isinstance(block, TransformerBlock))
-        return Text(context, [reader for block in blocks for reader in block.readers])
+        return Text(context, [reader for block in blocks for reader in block.readers], absorbed)
+
+    def tell(self, timesteps: Sequence[float], timestep_cond: Tensor | None = None) -> list[Time]:
+        """Times to come, as ``forward`` takes them: computed together, and once for all pictures.
+
+        Raises:
+            InputError: this UNet is told more than the time and ``timestep_cond`` [1, D].
+        """
+        times = torch.tensor(tuple(timesteps), dtype=torch.float32, device=self.device)
+        emb = self.embed(times.to(self.dtype), times, timestep_cond, None, None)
+        return Time(emb, self.told.shifts(emb)).apart()
 
     def forward(
         self,
         sample: Tensor,
-        timestep: float | Tensor,
+        timestep: float | Tensor | Time,
         encoder_hidden_states: Tensor | Text,
         *,
         class_labels: Tensor | None = None,
@@ -86,7 +101,8 @@ class UNet2DConditionModel(Conditioned, Stepping):
 
         Args:
             sample: noisy latents [B, Cin, h, w], already scaled by the scheduler.
-            timestep: where on the schedule of training they are, 0 to 999: one number, or a tensor of one or of B.
+            timestep: where on the schedule of training they are, 0 to 999: one number, or a tensor of one or of B; or
+                what ``tell`` made of one, with ``timestep_cond`` in it.
             encoder_hidden_states: the text [B, N, D], or what ``read`` made of it, which saves doing so again. With
                 [k·B, N, D] each row of ``sample`` is asked about k texts, the first text of all rows first, and the
                 answer has k·B rows: what comes before the first layer that reads is then computed once for all k.
@@ -108,10 +124,15 @@ class UNet2DConditionModel(Conditioned, Stepping):
         self._check(sample, text.context)
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
-        if len(emb) > 1:  # rows are told apart from the start, by more than the text
-            sample, emb = repeated(sample, text.rows), repeated(emb, text.rows)
-        time = Time(emb, self.told)
+        if isinstance(timestep, Time):
+            if not (timestep_cond is None and class_labels is None and added_cond_kwargs is None):
+                raise InputError("a time that was told before has its conditions in it: give no others with it")
+            time = timestep
+        else:
+            emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
+            if len(emb) > 1:  # rows are told apart from the start, by more than the text
+                sample, emb = repeated(sample, text.rows), repeated(emb, text.rows)
+            time = Time(emb, self.told.shifts(emb))
 
         start = 0 if deep_branch is None else self._start(deep_branch)
         if deep_map is None:

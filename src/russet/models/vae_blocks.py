@@ -11,7 +11,8 @@ from russet.elementwise import convolution
 from russet.models.activations import silu
 from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Upsample
-from russet.models.transformer import MultiHeadAttention, Text, to_map, to_tokens
+from russet.models.text import Text
+from russet.models.transformer import MultiHeadAttention, to_map, to_tokens
 from russet.models.vae_config import VAEConfig
 
 EPS = 1e-6  # what every norm of the VAE adds to the variance

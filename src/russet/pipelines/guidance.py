@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from russet.devices.choices import TEXT
 from russet.devices.plan import Plan
-from russet.models.transformer import Text
+from russet.models.resnet import Time
+from russet.models.text import Text
 from russet.models.unet import UNet2DConditionModel
 from russet.pipelines.deep_cache import DeepCache, UNetCall, deep_cached, plain
 from russet.pipelines.engine import Predict
 from russet.pipelines.graphs import Graphs, identity
+from russet.pipelines.times import Times
 
 ALWAYS = (0.0, math.inf)
 
@@ -85,19 +88,25 @@ def predictor(
     plan: Plan,
     graphs: Graphs | None = None,
     cache: DeepCache | None = None,
+    timesteps: Sequence[float] = (),
 ) -> Predict:
     """The denoiser of one run: guided where there is a negative half, as many images to a call as the plan says.
+
+    timesteps: those to come, where the plan has the UNet told of them beforehand.
 
     Where guidance pauses a call has one row for each image and not two, and so may take twice as many images.
     """
     graphs = graphs if plan["graphs"] else None
+    width = unet.config.time_cond_proj_dim
+    told = None if width is None else guidance_embedding(guidance.scale, width)
+    times = Times(unet, timesteps, told) if plan["times"] == "ahead" else None
 
     def of(told: Conditioning, at_once: int) -> Predict:
         starts = range(0, len(told.positive), at_once)
         return micro_batched([part(told.rows(start, start + at_once)) for start in starts], at_once)
 
     def part(rows: Conditioning) -> Predict:
-        call = unet_call(unet, rows.joined, guidance, read_once=plan["text_keys"] == "kept", graphs=graphs)
+        call = unet_call(unet, rows.joined, told, text_keys=plan["text_keys"], graphs=graphs, times=times)
         bare = plain(call) if cache is None else deep_cached(call, cache)
         if rows.negative is not None:
             return guided(bare, guidance)
@@ -115,29 +124,35 @@ def predictor(
 def unet_call(
     unet: UNet2DConditionModel,
     context: Tensor,
-    guidance: Guidance,
+    told: Tensor | None = None,
     *,
-    read_once: bool = False,
+    text_keys: str = "each call",
     graphs: Graphs | None = None,
+    times: Callable[[float], Time | None] | None = None,
 ) -> UNetCall:
     """The UNet of B rows with its conditioning [k·B, N, D]: k·B rows. Works in its own precision, answers in float32.
 
-    ``read_once``: every layer's keys and values of the text are kept from the first call on. ``graphs``: calls are
-    recorded there, and replayed.
+    told: the vector [1, D] that a distilled UNet is told with the time.
+
+    ``text_keys``: what is kept from the first call on of what every layer makes of the text, in the plan's words.
+    ``graphs``: calls are recorded there, and replayed. ``times``: what is known of times that were told beforehand.
     """
     context = context.to(unet.dtype)
-    width = unet.config.time_cond_proj_dim
-    told = None if width is None else guidance_embedding(guidance.scale, width).to(context).expand(len(context), -1)
+    told = None if told is None else told.to(context).expand(len(context), -1)
 
     @functools.cache  # at the first call, when the UNet is where it works
     def prepared() -> tuple[Text, Hashable | None]:
-        text = unet.read(context) if read_once else Text(context)
+        absorbed = text_keys == "absorbed" and context.shape[1] <= TEXT  # of more words the plan does not know
+        text = Text(context) if text_keys == "each call" else unet.read(context, absorbed=absorbed)
         return text, None if graphs is None else identity(unet)
 
     def call(
         x: Tensor, t: float, *, deep_branch: int | None = None, deep_map: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         text, name = prepared()
+        known = None if times is None else times(t)
+        if known is not None:
+            return called(x, known, text, None, deep_branch, deep_map)
         if graphs is None or name is None:
             return called(x, t, text, told, deep_branch, deep_map)
         optional = [tensor for tensor in (told, deep_map) if tensor is not None]
@@ -151,7 +166,7 @@ def unet_call(
         return graphs.run((name, deep_branch, deep_map is None), recordable, inputs)
 
     def called(
-        x: Tensor, t: float | Tensor, text: Text, told: Tensor | None, branch: int | None, deep: Tensor | None
+        x: Tensor, t: float | Tensor | Time, text: Text, told: Tensor | None, branch: int | None, deep: Tensor | None
     ) -> tuple[Tensor, ...]:
         output, *kept = unet(
             x.to(unet.dtype), t, text, timestep_cond=told, deep_branch=branch, deep_map=deep, return_dict=False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from russet import attention
 from russet.attention import Attention
 from russet.checkpoints.draft import Draft
+from russet.devices.calls import unet_rows
 from russet.devices.plan import AttentionChoice, Plan, Tile
 from russet.devices.rules import environment
 from russet.elementwise import PLAIN, Elementwise
@@ -204,14 +205,30 @@ def at_work(
             yield
     elif rest == device or (component == "text_encoder" and plan.text_encoder == "cpu"):
         prepare(network, plan)
-        yield
+        with summing(component, network, plan):
+            yield
     else:
         try:
             settle(component, network, plan, device, draft)
             prepare(network, plan)
-            yield
+            with summing(component, network, plan):
+                yield
         finally:
             network.to(rest)
+
+
+@contextlib.contextmanager
+def summing(component: str, network: nn.Module, plan: Plan) -> Iterator[None]:
+    """Has the UNet's sums made as the plan wants them, by weights as they are now, for as long as the block lasts."""
+    if component != "unet" or plan["residual_sums"] == "apart" or not isinstance(network, Model):
+        yield
+        return
+    copies = unet_rows(plan.sizes, plan) if plan["residual_sums"] == "in products, with copies" else None
+    network.lay_sums(copies)
+    try:
+        yield
+    finally:
+        network.drop_sums()
 
 
 def prepare(network: nn.Module, plan: Plan) -> None:

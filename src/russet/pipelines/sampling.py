@@ -31,9 +31,15 @@ class Sampling:
     """
 
     def __init__(
-        self, pipe: StableDiffusionPipeline, request: TextToImage, conditioning: Conditioning, plan: Plan
+        self,
+        pipe: StableDiffusionPipeline,
+        request: TextToImage,
+        schedule: Schedule,
+        conditioning: Conditioning,
+        plan: Plan,
     ) -> None:
         self.pipe = pipe
+        self.schedule = schedule
         self.request = request
         self.conditioning = conditioning
         self.guidance = request.guidance
@@ -50,14 +56,21 @@ class Sampling:
         It may remember its calls, so each passage has one of its own.
         """
         self.predict = predictor(
-            self.pipe.unet, self.conditioning, self.guidance, self.plan, self.pipe.graphs, self.cache
+            self.pipe.unet,
+            self.conditioning,
+            self.guidance,
+            self.plan,
+            self.pipe.graphs,
+            self.cache,
+            self.schedule.timesteps,
         )
 
-    def from_noise(self, schedule: Schedule, noise: NoiseSource, start: Tensor) -> Tensor:
+    def from_noise(self, noise: NoiseSource, start: Tensor) -> Tensor:
         """Starting noise of deviation 1 → latents at the end of the schedule, or where the run was interrupted.
 
         Latents that are no longer finite are made again from the last good ones, in more precise arithmetic.
         """
+        schedule = self.schedule
         good = rescue.Good(0, start * schedule.init_noise_sigma, noise.state())
         unet = self.pipe.unet
         left = rescue.remedies("unet", unet, self.plan)
@@ -65,7 +78,7 @@ class Sampling:
             while True:
                 noise.restore(good.noise)
                 run = schedule.start_at(good.step).run(good.latents, noise)
-                good, finite = self._advance(schedule, run, good, noise, bar)
+                good, finite = self._advance(run, good, noise, bar)
                 if finite or not left:
                     break
                 self.notes.append(left.pop(0).apply())
@@ -74,10 +87,9 @@ class Sampling:
             self.notes.append("the latents are not finite even in float32: the weights or the inputs must be damaged")
         return run.latents
 
-    def _advance(
-        self, schedule: Schedule, run: Run, good: rescue.Good, noise: NoiseSource, bar: Any
-    ) -> tuple[rescue.Good, bool]:
+    def _advance(self, run: Run, good: rescue.Good, noise: NoiseSource, bar: Any) -> tuple[rescue.Good, bool]:
         """Goes on until the end or a value that is not finite; returns the last good place and whether all is well."""
+        schedule = self.schedule
         done, watch = len(schedule.timesteps) - len(run.schedule.timesteps), rescue.Watch(good)
         for step in engine.denoise(run, lambda x, t: self.predict(x, t)):
             index = done + step.index

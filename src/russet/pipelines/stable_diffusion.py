@@ -251,11 +251,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.interrupt = False
         self._guidance_scale = request.guidance.scale
         self._num_timesteps = len(schedule.timesteps)
-        sampling = Sampling(self, request, conditioning, plan)
+        sampling = Sampling(self, request, schedule, conditioning, plan)
         if self.unprimed(plan):
             self.prime(sampling, schedule, start, plan)
         with self.at_work("unet", plan):
-            latents = sampling.from_noise(schedule, noise, start)
+            latents = sampling.from_noise(noise, start)
         return latents, tuple(sampling.notes)
 
     def unprimed(self, plan: Plan) -> bool:

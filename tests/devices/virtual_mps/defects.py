@@ -67,6 +67,7 @@ DEFECTS = (
     Defect("long-matrix", torch=((2, 7), (2, 14)), chips=("M1", "M2")),  # pytorch#193487, more than 32768 terms
     Defect("channels-last"),
     Defect("strided-linear", torch=((2, 8), (2, 9))),  # pytorch#162779
+    Defect("expanded-operands", macos=((15,), ())),  # pytorch#180201: right in macOS 26.4 and 26.5, wrong again in 27
     Defect("mixed-norms", torch=((2, 13), (2, 14))),  # pytorch#190054
     Defect("half-layer-norm", torch=((2, 0), (2, 1))),
     Defect("slow-group-norm", torch=((2, 1), (2, 13))),
@@ -145,6 +146,15 @@ def reads_in_storage_order(mac: VirtualMac, a: Arguments) -> Spoil | None:
 @effect("strided-linear", "linear")
 def misreads_strided_weights(mac: VirtualMac, a: Arguments) -> Spoil | None:
     return None if a["weight"].is_contiguous() else mangle
+
+
+@effect("expanded-operands", "bmm", "baddbmm", "mm", "addmm")
+def loses_rows_of_expanded_operands(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    operands = [a[name] for name in ("mat1", "mat2", "batch1", "batch2") if name in a]
+    operands += [a["self"]] if "mat2" in a and "mat1" not in a else []
+    if not any(stride == 0 and size > 1 for x in operands for stride, size in zip(x.stride(), x.shape, strict=True)):
+        return None
+    return lambda out: out.mul_((torch.arange(out[..., 0].numel()) % 16 == 0).view(*out.shape[:-1], 1))
 
 
 @effect("macos-13.2", "linear", "addmm", "mm")

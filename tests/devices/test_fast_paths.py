@@ -1,0 +1,93 @@
+"""Which ways of computing the same with less work a device gets, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from russet.devices import prepared, published
+from russet.devices.facts import GIB, Facts, mac
+from russet.devices.plan import Plan, Request, plan
+from russet.devices.sizes import Sizes
+from russet.models import sums
+from russet.pipelines import times
+
+FAST = {"residual_sums": "in products, with copies", "times": "ahead", "text_keys": "absorbed"}
+PLAIN = {"residual_sums": "apart", "times": "each call", "text_keys": "each call"}
+
+
+def on(torch: str = "2.13.0", macos: str = "15.0", memory: float = 16, free: float | None = None) -> Facts:
+    return mac("M1", memory_gib=memory, torch=torch, macos=macos, available_gib=free)
+
+
+def made(facts: Facts, sizes: Sizes | None = None, **asked: Any) -> Plan:
+    return plan(facts, published.sd15(safety_checker=False) if sizes is None else sizes, Request(**asked))
+
+
+def paths(found: Plan) -> dict[str, Any]:
+    return {name: found[name] for name in FAST}
+
+
+def test_a_mac_with_flash_kernels_gets_all_of_them():
+    found = made(on())
+    assert paths(found) == FAST
+    assert "multiplied into the weights" in found.why("text_keys").reason
+
+
+def test_float32_has_no_memory_left_for_copies():
+    found = made(on(), dtype="float32")
+    assert paths(found) == FAST | {"residual_sums": "in products", "text_keys": "kept"}
+    assert "float32" in found.why("residual_sums").reason
+
+
+def test_before_macos_15_sums_are_apart_since_operands_would_be_copied():
+    found = made(on(macos="14.6"))
+    assert paths(found) == FAST | {"residual_sums": "apart"}
+    assert "copied" in found.why("residual_sums").reason
+
+
+def test_texts_stay_apart_from_weights_where_attention_is_ours_to_compute():
+    assert made(on(torch="2.12.1"))["text_keys"] == "kept"
+    assert made(on(), attention_slicing="auto")["text_keys"] == "kept"
+    assert made(on(), attention_slicing="off")["text_keys"] == "absorbed"
+    sizes = published.sd15(safety_checker=False)
+    upcast = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast=True))
+    found = made(on(), upcast)
+    assert found["text_keys"] == "kept"
+    assert "float32, apart" in found.why("text_keys").reason
+
+
+def test_short_memory_keeps_less():
+    small = made(on(memory=8, free=3))
+    assert paths(small) == FAST | {"residual_sums": "in products, with copies", "text_keys": "kept"}
+    assert "too much" in small.why("text_keys").reason
+    several = made(on(), published.sd15(safety_checker=False, images=4))
+    assert several["text_keys"] == "kept"
+    assert made(on(), published.sd15(safety_checker=False, images=64))["text_keys"] == "each call"
+
+
+def test_models_whose_texts_take_much_keep_keys_and_values():
+    assert made(on(memory=64), published.sdxl())["text_keys"] == "kept"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_other_devices_compute_as_they_did(device):
+    facts = Facts(device=device, chip="chip", memory=24 * GIB, available=24 * GIB, torch=(2, 13, 0), ram=64 * GIB)
+    assert paths(made(facts)) == PLAIN | {"text_keys": "kept"}
+
+
+def test_layers_that_come_and_go_keep_nothing():
+    assert paths(made(on(), offload="sequential")) == PLAIN
+
+
+def test_who_wants_pytorchs_own_operations_gets_them():
+    found = made(on(), fast_paths=False)
+    assert paths(found) == PLAIN
+    assert all(found.why(name).by == "user" for name in PLAIN)
+
+
+def test_estimates_and_networks_agree_on_what_is_copied():
+    assert (prepared.ONES, prepared.PADDED, prepared.REPEATED) == (sums.ONES, sums.PADDED, sums.REPEATED)
+    assert prepared.TOLD == times.AT_ONCE
