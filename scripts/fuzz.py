@@ -107,14 +107,15 @@ def run_index(data: bytes, folder: Path) -> None:
 
 
 def folder_seeds() -> list[bytes]:
-    """Every JSON file of the embedded model, each prefixed by its name."""
+    """Every text file of the embedded model, each prefixed by its name."""
     names = ("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json")
     names += ("scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json")
+    names += ("tokenizer/vocab.json", "tokenizer/merges.txt")
     return [name.encode() + b"\0" + (MINI / name).read_bytes() for name in names]
 
 
 def run_folder(data: bytes, folder: Path) -> None:
-    """The embedded model with one JSON file exchanged; the rest are links."""
+    """The embedded model with one text file exchanged; the rest are links."""
     name, _, content = data.partition(b"\0")
     known = {path.relative_to(MINI).as_posix() for path in MINI.rglob("*") if path.is_file()}
     if name.decode("latin-1") not in known:

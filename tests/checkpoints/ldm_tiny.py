@@ -87,6 +87,8 @@ def unet_config(family: str) -> dict[str, Any]:
         "use_linear_projection": params.use_linear_in_transformer,
         "transformer_layers_per_block": list(params.transformer_depth[:2]),
     }
+    if family == "sd2":
+        config |= {"attention_head_dim": [2, 4], "upcast_attention": True}
     if params.adm_in_channels:
         config |= {
             "addition_embed_type": "text_time",
@@ -145,7 +147,12 @@ def reference(family: str) -> Any:
         "unet": diffusers.UNet2DConditionModel(**parts["unet"]),
         "vae": diffusers.AutoencoderKL(**parts["vae"]),
         "scheduler": diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
+            prediction_type="v_prediction" if family == "sd2" else "epsilon",
         ),
     }
     for name, kind in (

@@ -34,6 +34,16 @@ def test_a_variant_that_is_no_word_is_refused(variant: str) -> None:
         Options(variant=variant)
 
 
+@pytest.mark.parametrize("revision", ["", "..", "../main", "refs/../../x", "/main", "a//b"])
+def test_a_revision_that_leads_elsewhere_is_refused(revision: str) -> None:
+    with pytest.raises(InputError, match="revision"):
+        Options(revision=revision)
+
+
+def test_a_revision_may_have_slashes() -> None:
+    assert Options(revision="refs/pr/1").revision == "refs/pr/1"
+
+
 def test_contradicting_options_are_refused() -> None:
     with pytest.raises(InputError, match="both"):
         Options(local_files_only=True, force_download=True)

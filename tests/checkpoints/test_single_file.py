@@ -98,22 +98,28 @@ def test_each_network_has_the_weights_that_diffusers_gives_it(
             assert torch.equal(found[key], value), key
 
 
-def test_the_picture_from_a_file_is_the_one_that_diffusers_makes(
-    files: dict[str, Path], tmp_path: Path, psnr: Callable[[Any, Any], float]
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_the_pictures_from_a_file_and_a_folder_are_those_that_diffusers_makes(
+    family: str, files: dict[str, Path], tmp_path: Path, psnr: Callable[[Any, Any], float]
 ) -> None:
+    """Stable Diffusion 2's with velocity, heads of their own in each block, and attention in float32."""
     import diffusers
 
-    ldm_tiny.reference("sd1").save_pretrained(tmp_path)
+    ldm_tiny.reference(family).save_pretrained(tmp_path)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pictures = []
     for kind in (diffusers.StableDiffusionPipeline, StableDiffusionPipeline):
-        pipe = kind.from_single_file(
-            str(files["sd1"]), config=str(tmp_path), local_files_only=True, safety_checker=None
-        )
-        pipe.set_progress_bar_config(disable=True)
-        result = pipe("a red apple", latents=latents, num_inference_steps=3, height=64, width=64, output_type="np")
-        pictures.append(result.images)
-    assert psnr(*pictures) >= 60
+        options = {"local_files_only": True, "safety_checker": None}
+        for pipe in (
+            kind.from_single_file(str(files[family]), config=str(tmp_path), **options),
+            kind.from_pretrained(str(tmp_path), **options),
+        ):
+            pipe.set_progress_bar_config(disable=True)
+            result = pipe("a red apple", latents=latents, num_inference_steps=3, height=64, width=64, output_type="np")
+            pictures.append(result.images)
+    assert psnr(pictures[0], pictures[2]) >= 60
+    assert psnr(pictures[1], pictures[3]) >= 60
+    assert psnr(pictures[2], pictures[3]) < 60
 
 
 def test_openclips_own_computation_gives_the_features_that_our_text_encoder_gives(files: dict[str, Path]) -> None:

@@ -23,6 +23,8 @@ from .hub_server import HubServer
         ("https://huggingface.co/o/n/blob/main/a.safetensors", HubFile("o/n", "a.safetensors", "main")),
         ("https://huggingface.co/o/n/resolve/fp16/x/a.ckpt?download=true", HubFile("o/n", "x/a.ckpt", "fp16")),
         ("https://hf.co/o/n/blob/main/my%20model.safetensors", HubFile("o/n", "my model.safetensors", "main")),
+        ("https://hf.co/o/n/blob/refs%2Fpr%2F1/a.safetensors", HubFile("o/n", "a.safetensors", "refs/pr/1")),
+        ("https://hf.co/o/n/blob/refs/pr/12/a.safetensors", HubFile("o/n", "a.safetensors", "refs/pr/12")),
         ("huggingface.co/o/n/blob/main/a.safetensors", HubFile("o/n", "a.safetensors", "main")),
         ("o/n/a.safetensors", HubFile("o/n", "a.safetensors")),
         ("o/n/sub/a.ckpt", HubFile("o/n", "sub/a.ckpt")),

@@ -79,16 +79,17 @@ def hub_file(name: str) -> HubFile | None:
 
 
 def _address(text: str) -> HubFile:
-    """https://huggingface.co/owner/name/(blob|resolve)/revision/path"""
+    """https://huggingface.co/owner/name/(blob|resolve)/revision/path; a slash in the revision is written %2F."""
     url = urlsplit(text)
-    match = re.fullmatch(r"/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/(.+)", unquote(url.path))
+    match = re.fullmatch(r"/([^/]+/[^/]+)/(?:blob|resolve)/(refs/pr/\d+|[^/]+)/(.+)", url.path)
     if url.scheme not in ("https", "http") or url.hostname not in HOSTS:
         raise InputError(f"{text} is not an address on huggingface.co; download the file and give its path")
-    if match is None or not is_hub_id(match[1]) or not _inside(match[3]):
+    repository, revision, path = map(unquote, match.groups()) if match else ("", "", "")
+    if not is_hub_id(repository) or not _inside(path):
         raise InputError(
             f"{text} is not the address of a file; those look like …/owner/name/blob/main/file.safetensors"
         )
-    return HubFile(match[1], match[3], match[2])
+    return HubFile(repository, path, revision)
 
 
 def _inside(path: str) -> bool:

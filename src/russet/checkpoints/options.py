@@ -71,6 +71,8 @@ class Options:
                 raise ArgumentTypeError(f"{name} must be {spelled}, not {type(value).__name__}")
         if self.variant is not None and not (self.variant.isascii() and self.variant.replace("-", "_").isidentifier()):
             raise InputError(f'variant must be a word such as "fp16", not {self.variant!r}')
+        if self.revision is not None and (not self.revision or {"", ".", ".."} & set(self.revision.split("/"))):
+            raise InputError(f"revision must be a branch, tag or commit, not {self.revision!r}")
         if self.local_files_only and self.force_download:
             raise InputError("local_files_only and force_download cannot both be True")
 
