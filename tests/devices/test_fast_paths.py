@@ -60,8 +60,9 @@ def test_texts_stay_apart_from_weights_where_attention_is_ours_to_compute():
 
 
 def test_short_memory_keeps_less():
-    small = made(on(memory=8, free=3))
-    assert paths(small) == FAST | {"residual_sums": "in products, with copies", "text_keys": "kept"}
+    assert paths(made(on(memory=8))) == FAST  # beside macOS and a browser
+    small = made(on(memory=8, free=2))
+    assert paths(small) == FAST | {"residual_sums": "in products", "text_keys": "kept"}
     assert "too much" in small.why("text_keys").reason
     several = made(on(), published.sd15(safety_checker=False, images=4))
     assert several["text_keys"] == "kept"

@@ -387,3 +387,17 @@ def test_fast_paths_change_no_picture(torch_version, macos, dtype, least):
         pipe.disable_fast_paths()
         plain = picture(pipe, steps=4)
     assert psnr(fast, plain) > least
+
+
+def test_a_text_that_overflows_in_the_weights_is_read_apart_from_them():
+    with VirtualMac():
+        pipe = mini(torch.float16).to("mps")
+        block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+        for layer in (block.attn2.to_q, block.attn2.to_k):
+            layer.weight.data.mul_(250)
+        output = pipe("a red apple", 64, 64, num_inference_steps=6, seed=7, output_type="np")
+        pipe.to(torch.float32)
+        expected = picture(pipe, steps=6)
+    assert "attention in float32" in output.notes[0]
+    assert len(output.notes) == 1
+    assert psnr(output.images, expected) > 30

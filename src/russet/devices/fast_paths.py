@@ -119,7 +119,7 @@ def text_keys(facts: Facts, sizes: Sizes, request: Request, found: Decisions) ->
         return "kept", f"{kept}; this network's scores are computed in float32, apart from its weights"
     if request.attention_slicing not in (None, "off"):
         return "kept", f"{kept}; attention in slices was asked for"
-    if found.width("unet") > 2 or absorbed > min(ABSORBED, facts.budget // 50):
+    if found.width("unet") > 2 or absorbed > min(ABSORBED, facts.budget // 40):
         return "kept", f"{kept}; {gigabytes(absorbed)} for the text in all weights would be too much"
     return (
         "absorbed",

@@ -82,6 +82,19 @@ def hidden_future(x: Tensor) -> Tensor:
     return (x + x.new_zeros(x.shape[-1], x.shape[-1]).masked_fill_(place > place[:, None], -1e4)).softmax(-1)
 
 
+def together_again(x: Tensor, y: Tensor) -> Tensor:
+    """Writes heads into part of what lies side by side, and multiplies the rows there with transposed weights."""
+    rows = (x + 0).view(2, 64, 4, 8)
+    rows[:, :, 2].copy_(y.view(2, 8, 64).transpose(1, 2))
+    return rows.view(128, 32)[:, 16:]
+
+
+def seen_twice(x: Tensor, y: Tensor) -> Tensor:
+    """A sum with, and a joining of, one row that is only seen as two."""
+    one = x[:1].expand(2, -1, -1, -1)
+    return torch.cat([one + y, one], dim=1)
+
+
 OPERATIONS = (
     Case("convolution 3×3", (MAP, (64, 32, 3, 3), (64,)), lambda x, w, b: F.conv2d(x, w, b, padding=1)),
     Case("convolution 3×3, stride 2", (MAP, (64, 32, 3, 3)), lambda x, w: F.conv2d(x, w, stride=2, padding=1)),
@@ -102,6 +115,15 @@ OPERATIONS = (
     Case("quick gelu", (TOKENS,), lambda x: ACTIVATIONS["quick_gelu"](x + 0)),
     Case("gated linear", (TOKENS, (64, 32)), gated),
     Case("batched product", ((4, 64, 32), (4, 48, 32)), lambda q, k: q @ k.transpose(-1, -2)),
+    Case("sum within a product", ((128, 48), (128, 64), (48, 32)), lambda x, a, w: torch.addmm(x, a[:, 8:40], w.t())),
+    Case(
+        "sum within a batched product",
+        ((2, 64, 32), (1, 64, 2, 48), (2, 48, 32)),
+        lambda x, a, b: torch.baddbmm(x, a.transpose(1, 2)[0], b),
+    ),
+    Case("heads put together", (TOKENS, (2, 8, 64)), together_again),
+    Case("one row seen as two", (MAP, MAP), seen_twice),
+    Case("weighted sums", (MAP, MAP), lambda x, y: torch.sub(torch.add(x, y, alpha=7.5), y, alpha=0.3)),
     Case("softmax", ((4, 64, 77),), lambda x: (3 * x).softmax(-1)),
     Case("hidden future", ((2, 77, 77),), hidden_future),
     Case("nearest upsampling", (MAP,), lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest")),
@@ -190,6 +212,17 @@ def drawn(unet: Model, x: Tensor, text: Tensor) -> Tensor:
     return output
 
 
+def told_before(unet: Model, x: Tensor, text: Tensor) -> Tensor:
+    """As in a run of a pipeline: by the text in the weights, a time told beforehand, and sums within products."""
+    assert isinstance(unet, UNet2DConditionModel)
+    unet.lay_together()
+    unet.lay_sums(len(text))
+    known = unet.read(text, absorbed=True)
+    output: Tensor = unet(x[:1], unet.tell([900.0, 500.0])[1], known)[0]
+    unet.drop_sums()
+    return output
+
+
 def decoded(vae: Model, z: Tensor) -> Tensor:
     assert isinstance(vae, AutoencoderKL)
     return vae.decode(z)[0]
@@ -231,6 +264,7 @@ SIZES = Sizes.of(unet=TINY_UNET, vae=TINY_VAE, text_encoder=TINY_TEXT, width=32,
 
 NETWORKS = (
     NetworkCase("a tiny UNet", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, drawn),
+    NetworkCase("a tiny UNet, prepared", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, told_before),
     NetworkCase("a tiny VAE, decoding", "vae", ((1, 4, 8, 8),), tiny_vae, decoded),
     NetworkCase("a tiny VAE, encoding", "vae", ((1, 3, 16, 16),), tiny_vae, encoded),
     NetworkCase("a tiny text encoder", "text_encoder", ((1,),), tiny_text, read),

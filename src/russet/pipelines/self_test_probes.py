@@ -59,10 +59,16 @@ def channels_last(device: torch.device) -> Pair:
     return (there + there.flip(3)).cpu(), (lambda y: y + y.flip(3))(F.conv2d(x, weight, padding=1))
 
 
+def expanded_operand(device: torch.device) -> Pair:
+    x, weight = noise(1, 64, 32), noise(2, 32, 48)
+    return torch.bmm(x.to(device).expand(2, -1, -1), weight.to(device)).cpu(), torch.bmm(x.expand(2, -1, -1), weight)
+
+
 PROBES = (
     Probe("empty-baddbmm", torch.float32, empty_baddbmm),
     *((Probe("causal-leak", torch.float16, causal_leak),) if hasattr(F, "scaled_dot_product_attention") else ()),
     Probe("strided-linear", torch.float32, strided_weight),
     Probe("long-contraction", torch.float32, long_contraction),
+    Probe("expanded-operands", torch.float32, expanded_operand),
     Probe("channels-last", torch.float32, channels_last),
 )
