@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -246,7 +247,7 @@ def swapped_header(data: bytes, chance: random.Random) -> bytes:
         name = chance.choice([*header, "new"])
         entry = header.get(name)
         if not isinstance(entry, dict) or chance.random() < 0.2:
-            header[name] = chance.choice(VALUES)
+            header[name] = copy.deepcopy(chance.choice(VALUES))  # which the next round may change
         elif chance.random() < 0.2:
             header[chance.choice([*header, "../x", "a" * 2000, "position_ids"])] = header.pop(name)
         else:
