@@ -23,6 +23,13 @@ if not os.path.exists("/dev/nvidia0"):
 absent.stand_in()  # before any test module is imported
 pytest_runtest_setup = absent.skip_without_half
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's name must be the same in every process, or pytest-xdist runs none at all."""
+    if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"the name has an address in it, give it ids=: {changing[0]}")
+
+
 MINI = Path(__file__).parents[1] / "src" / "russet" / "mini"
 
 

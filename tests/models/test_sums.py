@@ -60,7 +60,11 @@ def prepared(made: UNet2DConditionModel, copies: int | None = 2) -> int:
     return sum(getattr(module, "sums", None) is not None for module in made.modules())
 
 
-@pytest.mark.parametrize("attention", [fused, padded(fused, (6, 16)), padded(chunked(16), (8,)), sliced(1)], ids=str)
+@pytest.mark.parametrize(
+    "attention",
+    [fused, padded(fused, (6, 16)), padded(chunked(16), (8,)), sliced(1)],
+    ids=["fused", "padded", "padded and chunked", "sliced"],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_everything_together_gives_the_plain_answer(shape: str, attention: Any, given: Any) -> None:
     x, context = given
@@ -184,7 +188,11 @@ def test_a_text_of_any_length_can_be_absorbed(words: int, given: Any, randn: Any
     )
 
 
-@pytest.mark.parametrize("attention", [sliced(1), chunked(8), upcast(fused), padded(upcast(fused), (6, 16))], ids=str)
+@pytest.mark.parametrize(
+    "attention",
+    [sliced(1), chunked(8), upcast(fused), padded(upcast(fused), (6, 16))],
+    ids=["sliced", "chunked", "upcast", "padded and upcast"],
+)
 def test_a_text_is_not_absorbed_where_attention_was_chosen_for_its_scores(attention: Any, given: Any) -> None:
     made = unet()
     made.set_attention(attention)
