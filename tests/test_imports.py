@@ -19,7 +19,17 @@ FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
 STEPS = {"elementwise", "elementwise_triton", "products_triton", "elementwise_cpu", "onednn", "winograd"}
-OTHERS = {"arguments", "attention", "images", "metadata", "random_streams", "samplers", "devices", "checkpoints"}
+OTHERS = {
+    "arguments",
+    "attention",
+    "heap",
+    "images",
+    "metadata",
+    "random_streams",
+    "samplers",
+    "devices",
+    "checkpoints",
+}
 EVERYTHING = CONFIGURED | PARTS | STEPS | OTHERS
 ALLOWED = {
     "__init__": EVERYTHING | {"pipelines"},
@@ -30,6 +40,7 @@ ALLOWED = {
     "arguments": LIGHT,
     "random_streams": LIGHT,
     "attention": LIGHT,
+    "heap": set(),
     "elementwise": LIGHT,
     "elementwise_triton": LIGHT | {"elementwise", "products_triton"},
     "products_triton": LIGHT,

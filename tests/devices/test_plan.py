@@ -365,6 +365,8 @@ def test_a_cpu_multiplies_less_in_float32_and_by_the_library_that_is_faster_ther
     assert (made["convolutions"], made["linear_layers"]) == ("winograd", "onednn")
     assert plan(server, published.sd15(), Request(dtype="bfloat16"))["convolutions"] == "direct"
     assert plan(cpu(), published.sd15())["linear_layers"] == "native"
+    assert plan(cpu(), published.sd15())["freed_memory"] == "returned"
+    assert plan(dataclasses.replace(cpu(), glibc=True), published.sd15())["freed_memory"] == "kept"
     for facts in (on(), gpu()):
         made = plan(facts, published.sd15())
         assert (made["convolutions"], made["linear_layers"]) == ("direct", "native")

@@ -30,6 +30,8 @@ MEANING: Mapping[str, str] = {
     "gated_products": "True: large products of the UNet's gated layers are kernels that gate what they multiply",
     "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
     "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
+    "freed_memory": "'returned' to the system as the C library sees fit; or 'kept' for the next operation while UNet"
+    " and VAE work, and returned afterwards",
     "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
     "residual_sums": "'apart'; 'in products': the UNet's sums with a product are part of it (see russet.models.sums);"
     " 'in products, with copies': also those that need copies of weights",
@@ -160,7 +162,7 @@ class Request:
         if self.fast_paths is False:
             found |= dict.fromkeys(("gated_products", "joined_products", "graphs"), False)
             found |= {"elementwise": "plain", "residual_sums": "apart", "times": "each call", "text_keys": "each call"}
-            found |= {"convolutions": "direct", "linear_layers": "native"}
+            found |= {"convolutions": "direct", "linear_layers": "native", "freed_memory": "returned"}
         return found
 
     def _dtypes(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from russet.devices.machine import cpu_bf16, cpu_name, on_macos, process_memory, sysctl, within_container
+from russet.devices.machine import cpu_bf16, cpu_name, glibc_decides, on_macos, process_memory, sysctl, within_container
 from russet.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Facts:
     capability: Version = ()
     bf16: bool = False
     triton: bool = False  # whether kernels can be compiled for the device
+    glibc: bool = False  # whether glibc decides what becomes of freed memory, by its own rules
     onednn: bool = False  # whether torch hands out oneDNN's operation for linear layers
 
     @property
@@ -234,6 +235,7 @@ def cpu_facts(common: dict[str, Any]) -> Facts:
         chip=cpu_name(),
         held=process_memory(),
         bf16=cpu_bf16(),
+        glibc=glibc_decides(),
         onednn=built and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
         **common,
     )

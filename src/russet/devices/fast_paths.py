@@ -30,6 +30,7 @@ def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -
         settled(user, "gated_products", *gated_products(facts, found)),
         settled(user, "convolutions", *convolutions(facts, found)),
         settled(user, "linear_layers", *linear_layers(facts)),
+        settled(user, "freed_memory", *freed_memory(facts)),
         settled(user, "joined_products", *joined_products(facts, found)),
         settled(user, "residual_sums", *residual_sums(facts, sizes, found)),
         settled(user, "times", *times(facts, found)),
@@ -73,6 +74,14 @@ def linear_layers(facts: Facts) -> tuple[str, str]:
     if facts.device == "cpu" and facts.onednn and facts.machine in X86:
         return "onednn", "its float32 products are the fastest here"
     return "native", "PyTorch's choice is the best known here"
+
+
+def freed_memory(facts: Facts) -> tuple[str, str]:
+    if facts.device != "cpu":
+        return "returned", "the device's memory has an allocator of its own"
+    if facts.glibc:
+        return "kept", "glibc would give each map back, and the system clear the next one's pages, at every operation"
+    return "returned", "only glibc, by its own rules, is known to gain from keeping it"
 
 
 def joined_products(facts: Facts, found: Decisions) -> tuple[bool, str]:

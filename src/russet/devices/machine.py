@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -52,6 +53,16 @@ def cpu_name() -> str:
 def cpu_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself (x86's AMX or AVX-512 BF16)."""
     return bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", read_text("/proc/cpuinfo")))
+
+
+def glibc_decides() -> bool:
+    """Whether freed memory is glibc's to give back, and nobody has told it how."""
+    try:
+        named = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None
+    except ValueError:  # another C library
+        named = None
+    told = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return bool(named) and not told and "LD_PRELOAD" not in os.environ
 
 
 def read_text(path: str) -> str:

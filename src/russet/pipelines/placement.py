@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from russet import attention
+from russet import attention, heap
 from russet.attention import Attention
 from russet.checkpoints.draft import Draft
 from russet.devices.calls import unet_rows
@@ -205,16 +205,22 @@ def at_work(
             yield
     elif rest == device or (component == "text_encoder" and plan.text_encoder == "cpu"):
         prepare(network, plan)
-        with summing(component, network, plan):
+        with summing(component, network, plan), blocks_kept(component, plan):
             yield
     else:
         try:
             settle(component, network, plan, device, draft)
             prepare(network, plan)
-            with summing(component, network, plan):
+            with summing(component, network, plan), blocks_kept(component, plan):
                 yield
         finally:
             network.to(rest)
+
+
+def blocks_kept(component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """Has the C library keep freed memory for the next operation, where the plan wants it, while the block lasts."""
+    wanted = plan["freed_memory"] == "kept" and component in ("unet", "vae")
+    return heap.kept() if wanted else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
