@@ -401,3 +401,15 @@ def test_a_text_that_overflows_in_the_weights_is_read_apart_from_them():
     assert "attention in float32" in output.notes[0]
     assert len(output.notes) == 1
     assert psnr(output.images, expected) > 30
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_time_that_comes_alone_keeps_its_biases_on_an_m1_with_macos_26(steps, switched_off):
+    skip_newer("2.13.0")
+    expected = picture(mini(torch.float32), steps=steps)
+    with VirtualMac("M1", macos="26.1", torch="2.13.0"):
+        pipe = mini(torch.float32).to("mps")
+        if switched_off:
+            pipe.disable_fast_paths()
+        assert psnr(picture(pipe, steps=steps), expected) > 90

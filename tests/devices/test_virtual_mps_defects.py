@@ -84,6 +84,10 @@ def expanded_product():
     return torch.bmm(x, random(2, 3, 4).to("mps"))
 
 
+def single_row():
+    return F.linear(random(80, 1, 2).to("mps"), random(3, 2).to("mps"), random(3).to("mps"))
+
+
 M1, M3 = {"chip": "M1 Pro"}, {"chip": "M3 Max"}
 
 CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is right
@@ -101,6 +105,8 @@ CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is rig
     (strided_weight, {"torch": "2.8.0"}, {"torch": "2.9.0"}),
     (plain_linear, {"torch": "2.5.1", "macos": "13.2"}, {"torch": "2.5.1", "macos": "13.3"}),
     (mixed_norm, {"torch": "2.13.0"}, {"torch": "2.12.0"}),
+    (single_row, {**M1, "macos": "26.1", "torch": "2.13.0"}, {**M1, "macos": "26.1", "torch": "2.14.0"}),
+    (single_row, {**M1, "macos": "26.1", "torch": "2.13.0"}, {**M3, "macos": "26.1", "torch": "2.13.0"}),
     (expanded_product, {"macos": "15.0"}, {"macos": "14.6"}),
     (first_product, {"torch": "1.13.1"}, {"torch": "2.0.1"}),
 ]

@@ -175,6 +175,16 @@ BUGS: tuple[Bug, ...] = (
         torch=((2, 8), (2, 9)),
     ),
     Bug(
+        "dropped-bias",
+        "a linear layer drops its bias where a row comes alone",
+        "the time is embedded wrongly: noise instead of pictures",
+        "vectors that come alone go through linear layers in pairs",
+        PYTORCH + "188438",
+        torch=(ANY, (2, 14)),
+        macos=((26,), (27,)),
+        chips=frozenset({"M1"}),
+    ),
+    Bug(
         "gathered-operands",
         "operands of a product that are not in order are copied before each product",
         "weights that are read transposed would be copied in each call",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from russet.elementwise import convolution, resized
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Stepping
+from russet.models.embeddings import paired
 from russet.models.sums import Summing, shortcut_sum
 
 
@@ -58,7 +59,7 @@ class Time:
         if projection is None:
             return None, False
         made = self._made.get(projection)
-        return (projection(self.emb), False) if made is None else (made, True)
+        return (projection(paired(self.emb))[: len(self.emb)], False) if made is None else (made, True)
 
 
 class Resnet(Summing, Stepping):

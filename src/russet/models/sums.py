@@ -130,4 +130,5 @@ def carried_bias(first: nn.Linear, second: nn.Module) -> Tensor | None:
     assert isinstance(bias, Tensor)
     if hooked(first) or hooked(second):
         return None
-    return F.linear(first.bias[None].float(), weight.flatten(1).float(), bias.float())[0].to(weight.dtype)
+    carried = F.linear(first.bias[None].float(), weight.flatten(1).float())[0] + bias.float()
+    return carried.to(weight.dtype)

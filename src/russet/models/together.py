@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from russet.elementwise import hooked
+from russet.models.embeddings import paired
 
 
 class SideBySide:
@@ -96,9 +97,9 @@ class TimeTogether(Together):
 
     def shifts(self, emb: Tensor) -> dict[nn.Module, Tensor]:
         """Projection → what it makes of the embedding [B or 1, time], its convolution's bias added; empty if apart."""
-        made, biases = self.product(emb), self.convolutions.whole
+        made, biases = self.product(paired(emb)), self.convolutions.whole
         if made is None or biases is None or made.shape[-1] != len(biases):
             return {}
         rows = [layer.out_features for layer in self.layers]
-        parts = (made + biases).split(rows, dim=-1)  # type: ignore[no-untyped-call]
+        parts = (made[: len(emb)] + biases).split(rows, dim=-1)  # type: ignore[no-untyped-call]
         return dict(zip(self.layers, parts, strict=True))

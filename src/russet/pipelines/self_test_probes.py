@@ -59,6 +59,11 @@ def channels_last(device: torch.device) -> Pair:
     return (there + there.flip(3)).cpu(), (lambda y: y + y.flip(3))(F.conv2d(x, weight, padding=1))
 
 
+def lonely_row(device: torch.device) -> Pair:
+    x, weight, bias = noise(80, 1, 32), noise(48, 32), noise(48)
+    return F.linear(x.to(device), weight.to(device), bias.to(device)).cpu(), F.linear(x, weight, bias)
+
+
 def expanded_operand(device: torch.device) -> Pair:
     x, weight = noise(1, 64, 32), noise(2, 32, 48)
     return torch.bmm(x.to(device).expand(2, -1, -1), weight.to(device)).cpu(), torch.bmm(x.expand(2, -1, -1), weight)
@@ -69,6 +74,7 @@ PROBES = (
     *((Probe("causal-leak", torch.float16, causal_leak),) if hasattr(F, "scaled_dot_product_attention") else ()),
     Probe("strided-linear", torch.float32, strided_weight),
     Probe("long-contraction", torch.float32, long_contraction),
+    Probe("dropped-bias", torch.float32, lonely_row),
     Probe("expanded-operands", torch.float32, expanded_operand),
     Probe("channels-last", torch.float32, channels_last),
 )

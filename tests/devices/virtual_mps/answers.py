@@ -8,6 +8,7 @@ the Mac is left.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 import subprocess
@@ -217,6 +218,8 @@ def install_accelerator(mac: VirtualMac, replaced: Replaced) -> None:
         "synchronize": lambda device=None: mac.account.sync("synchronize"),
     }
     if mac.torch < (2, 6):
+        if mac.shapes_only:
+            importlib.import_module("torch._dynamo")  # some operators' shapes do, and it asks for all of this torch
         replaced.set(torch, "accelerator", ABSENT)
         return
     for name, function in answers.items():

@@ -67,6 +67,7 @@ DEFECTS = (
     Defect("long-matrix", torch=((2, 7), (2, 14)), chips=("M1", "M2")),  # pytorch#193487, more than 32768 terms
     Defect("channels-last"),
     Defect("strided-linear", torch=((2, 8), (2, 9))),  # pytorch#162779
+    Defect("dropped-bias", torch=((), (2, 14)), macos=((26,), (27,)), chips=("M1",)),  # pytorch#188438
     Defect("expanded-operands", macos=((15,), ())),  # pytorch#180201: right in macOS 26.4 and 26.5, wrong again in 27
     Defect("mixed-norms", torch=((2, 13), (2, 14))),  # pytorch#190054
     Defect("half-layer-norm", torch=((2, 0), (2, 1))),
@@ -160,6 +161,12 @@ def loses_rows_of_expanded_operands(mac: VirtualMac, a: Arguments) -> Spoil | No
 @effect("macos-13.2", "linear", "addmm", "mm")
 def is_unreliable(mac: VirtualMac, a: Arguments) -> Spoil | None:
     return mangle
+
+
+@effect("dropped-bias", "linear")
+def drops_biases_of_single_rows(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    alone = a["input"].dim() < 2 or a["input"].shape[-2] == 1
+    return (lambda out: out.sub_(a["bias"])) if alone and a["bias"] is not None else None
 
 
 @effect("macos-27-bf16", "linear")
