@@ -77,7 +77,7 @@ def test_where_a_gradient_is_wanted_it_comes_from_pytorch():
     OnCPU().convolved(x, conv)[0].sum().backward()
     assert conv.weight.grad is not None
     layer = nn.Linear(8, 8)
-    set_linears([layer], by_onednn=True)
+    set_linears([layer], "onednn")
     layer(made(3, 8)).sum().backward()
     assert layer.weight.grad is not None
 
@@ -103,9 +103,9 @@ def test_layers_take_another_class_and_their_own_again():
 
     layers = [nn.Linear(2, 2), Pointwise(2, 2), Somebodys(2, 2), nn.Conv2d(2, 2, 1)]
     own = [type(layer) for layer in layers]
-    set_linears(layers, by_onednn=True)
+    set_linears(layers, "onednn")
     assert [type(layer) for layer in layers] == [OneDNNLinear, OneDNNPointwise, Somebodys, nn.Conv2d]
-    set_linears(layers, by_onednn=False)
+    set_linears(layers, "native")
     assert [type(layer) for layer in layers] == own
 
 
@@ -123,7 +123,7 @@ def test_a_unet_answers_the_same_to_much_more_than_fifty_decibels():
     x, text = made(2, 4, 36, 28), made(2, 9, 16, seed=1)
     plain = unet(x, 400.0, text).sample
     unet.set_elementwise(OnCPU(by_onednn=read_facts("cpu").onednn))
-    set_linears(unet.modules(), by_onednn=read_facts("cpu").onednn)
+    set_linears(unet.modules(), "onednn" if read_facts("cpu").onednn else "native")
     fast = unet(x, 400.0, text).sample
     assert not torch.equal(fast, plain)
     noise = (fast - plain).pow(2).mean() / plain.pow(2).mean()

@@ -140,6 +140,15 @@ def resized(steps: Elementwise, x: Tensor, conv: nn.Conv2d, size: tuple[int, int
     return convolution(steps, F.interpolate(x, size=size, mode="nearest"), conv)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of tokens [B, N, D] as one long row of them.
+
+    That is the same product, and right where one of three dimensions is wrong: with a bias on M1 and macOS 26
+    (pytorch#192934), in half precision on M5 (pytorch#180776).
+    """
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+
+
 def hooked(layer: nn.Module) -> bool:
     """Whether something watches or feeds a layer as it is called, so that its weights must not be read directly."""
     return bool(layer._forward_pre_hooks or layer._forward_hooks)

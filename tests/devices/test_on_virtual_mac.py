@@ -413,3 +413,9 @@ def test_a_time_that_comes_alone_keeps_its_biases_on_an_m1_with_macos_26(steps, 
         if switched_off:
             pipe.disable_fast_paths()
         assert psnr(picture(pipe, steps=steps), expected) > 90
+
+
+def test_tokens_of_several_rows_come_right_through_linear_layers_on_an_m5(expected):
+    skip_newer("2.12.1")
+    with VirtualMac("M5", macos="26.1", torch="2.12.1"):
+        assert psnr(picture(mini().to("mps")), expected) > 40

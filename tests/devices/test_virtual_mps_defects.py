@@ -85,7 +85,15 @@ def expanded_product():
 
 
 def single_row():
-    return F.linear(random(80, 1, 2).to("mps"), random(3, 2).to("mps"), random(3).to("mps"))
+    return F.linear(random(1, 2).to("mps"), random(3, 2).to("mps"), random(3).to("mps"))
+
+
+def tokens():
+    return F.linear(random(2, 5, 8).to("mps"), random(3, 8).to("mps"), random(3).to("mps"))
+
+
+def tokens_in_half():
+    return F.linear(random(2, 5, 8, dtype=torch.float16).to("mps"), random(3, 8, dtype=torch.float16).to("mps"))
 
 
 M1, M3 = {"chip": "M1 Pro"}, {"chip": "M3 Max"}
@@ -107,6 +115,8 @@ CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is rig
     (mixed_norm, {"torch": "2.13.0"}, {"torch": "2.12.0"}),
     (single_row, {**M1, "macos": "26.1", "torch": "2.13.0"}, {**M1, "macos": "26.1", "torch": "2.14.0"}),
     (single_row, {**M1, "macos": "26.1", "torch": "2.13.0"}, {**M3, "macos": "26.1", "torch": "2.13.0"}),
+    (tokens, {**M1, "macos": "26.1", "torch": "2.13.0"}, {**M1, "macos": "26.1", "torch": "2.14.0"}),
+    (tokens_in_half, {"chip": "M5", "torch": "2.12.1"}, {"chip": "M5", "torch": "2.13.0"}),
     (expanded_product, {"macos": "15.0"}, {"macos": "14.6"}),
     (first_product, {"torch": "1.13.1"}, {"torch": "2.0.1"}),
 ]

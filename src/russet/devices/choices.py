@@ -29,6 +29,7 @@ MEANING: Mapping[str, str] = {
     "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
     "gated_products": "True: large products of the UNet's gated layers are kernels that gate what they multiply",
     "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
+    "linear_inputs": "'as given', or 'flat': tokens enter linear layers, in every network, as one long row of them",
     "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
     "freed_memory": "'returned' to the system as the C library sees fit; or 'kept' for the next operation while UNet"
     " and VAE work, and returned afterwards",

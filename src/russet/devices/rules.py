@@ -65,6 +65,7 @@ def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
         contiguity(facts),
         group_norm(facts),
         layer_norm(facts),
+        linear_inputs(facts),
         memory_format(facts, request),
         non_blocking(facts),
         watermark(facts),
@@ -94,6 +95,12 @@ def layer_norm(facts: Facts) -> Decision:
     if bug := affected(facts, "half-layer-norm"):
         return Decision("layer_norm", "float32", bug.what)
     return Decision("layer_norm", "native", "torch's own takes every dtype here")
+
+
+def linear_inputs(facts: Facts) -> Decision:
+    if bug := affected(facts, "batched-linear") or affected(facts, "batched-linear-m5"):
+        return Decision("linear_inputs", "flat", bug.what)
+    return Decision("linear_inputs", "as given", "linear layers take tokens of several rows here")
 
 
 def memory_format(facts: Facts, request: Request) -> Decision:

@@ -1,12 +1,13 @@
-"""Linear layers by another library than PyTorch's choice, for processors on which that is faster."""
+"""Linear layers in another way than PyTorch's: by a library that is faster on a processor, or around a defect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from russet import onednn
+from russet.elementwise import linear
 from russet.models.transformer import Pointwise
 
 
@@ -24,16 +25,33 @@ class OneDNNPointwise(Pointwise):
         return onednn.linear(input, self.weight.flatten(1), self.bias)
 
 
-def set_linears(modules: Iterable[nn.Module], *, by_onednn: bool) -> None:
-    """Has every linear layer among modules computed by oneDNN, or by PyTorch's choice again.
+class FlatLinear(nn.Linear):
+    """The same layer on all rows of tokens as one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class FlatPointwise(Pointwise):
+    """The same for the one that is stored as a convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight.flatten(1), self.bias)
+
+
+KINDS: Mapping[str, tuple[type[nn.Linear], type[Pointwise]]] = {
+    "native": (nn.Linear, Pointwise),
+    "onednn": (OneDNNLinear, OneDNNPointwise),
+    "flat": (FlatLinear, FlatPointwise),
+}
+
+
+def set_linears(modules: Iterable[nn.Module], kind: str) -> None:
+    """Has every linear layer among modules computed in one of the ways in ``KINDS``.
 
     They change their class, not their parameters. Layers of other classes are somebody else's, and left alone.
     """
-    pairs: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
-        (nn.Linear, OneDNNLinear),
-        (Pointwise, OneDNNPointwise),
-    )
-    changed = dict(pairs if by_onednn else [(ours, own) for own, ours in pairs])
+    changed = {cls: wanted for classes in KINDS.values() for cls, wanted in zip(classes, KINDS[kind], strict=True)}
     for module in modules:
         if type(module) in changed:
             module.__class__ = changed[type(module)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from russet.attention import Attention, room, widened
-from russet.elementwise import hooked
+from russet.elementwise import hooked, linear
 from russet.models.together import Together
 
 ONES = 8  # columns beside the tokens, the first of them ones: so many numbers keep rows at multiples of 16 bytes
@@ -105,7 +105,7 @@ class AttentionSum:
     def added(self, x: Tensor, normed: Tensor, attention: Attention, scale: float) -> Tensor:
         """x [B, N, C] plus what attention makes of ``normed`` [B, N, C], projected."""
         batch, tokens, _ = x.shape
-        joined = F.linear(normed, self.inward, self.ones)
+        joined = linear(normed, self.inward, self.ones)
         parts = joined[..., :-ONES].view(batch, tokens, 3, self.heads, self.dim)
         q, k, v = widened(attention, parts).transpose(1, 3).unbind(2)
         out = attention(q, k, v, scale)[..., : self.dim]

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from russet.elementwise import hooked
+from russet.elementwise import hooked, linear
 from russet.models.embeddings import paired
 
 
@@ -81,7 +80,7 @@ class Together:
     def product(self, x: Tensor) -> Tensor | None:
         """What all layers make of ``x`` [..., inputs], side by side; None where their weights are not joined."""
         weight, bias = self.weights.whole, self.biases.whole
-        return None if weight is None or (self.biased and bias is None) else F.linear(x, weight, bias)
+        return None if weight is None or (self.biased and bias is None) else linear(x, weight, bias)
 
 
 class TimeTogether(Together):

@@ -10,7 +10,7 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from russet.attention import is_fused, widened
-from russet.elementwise import gated, hooked
+from russet.elementwise import gated, hooked, linear
 from russet.models.absorbed import Absorbed
 from russet.models.base import Attending, Stepping
 from russet.models.sums import Summing, attention_sum, carried_bias
@@ -252,4 +252,4 @@ class SpatialTransformer(Summing, Stepping):
             tokens = block.cross(tokens, text)
             tokens = block.feed(tokens, last=block is self.transformer_blocks[-1])
         x = seen(x, text.rows)
-        return x + to_map(F.linear(tokens, self.proj_out.weight.flatten(1), self.sums), like=x)
+        return x + to_map(linear(tokens, self.proj_out.weight.flatten(1), self.sums), like=x)

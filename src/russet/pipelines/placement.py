@@ -110,7 +110,7 @@ def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
     for name, network in networks.items():
         listed = modules(network, anew=True)
         set_norms(listed, composed_groups=composed, float32_layers=wide)
-        set_linears(listed, by_onednn=plan["linear_layers"] == "onednn")
+        set_linears(listed, "flat" if plan["linear_inputs"] == "flat" else plan["linear_layers"])
         if name in ("text_encoder", "unet", "vae"):
             hand(listed, attention=attention_of(plan, name), steps=steps)
 

@@ -59,8 +59,19 @@ def channels_last(device: torch.device) -> Pair:
     return (there + there.flip(3)).cpu(), (lambda y: y + y.flip(3))(F.conv2d(x, weight, padding=1))
 
 
+def tokens(device: torch.device) -> Pair:
+    x, weight, bias = noise(2, 64, 128), noise(384, 128), noise(384)
+    return F.linear(x.to(device), weight.to(device), bias.to(device)).cpu(), F.linear(x, weight, bias)
+
+
+def half_tokens(device: torch.device) -> Pair:
+    x, weight = (noise(*shape).half() for shape in ((2, 13, 1024), (1024, 1024)))
+    came = F.linear(x.to(device), weight.to(device)).float().cpu()
+    return came, F.linear(x.float(), weight.float())
+
+
 def lonely_row(device: torch.device) -> Pair:
-    x, weight, bias = noise(80, 1, 32), noise(48, 32), noise(48)
+    x, weight, bias = noise(1, 32), noise(48, 32), noise(48)
     return F.linear(x.to(device), weight.to(device), bias.to(device)).cpu(), F.linear(x, weight, bias)
 
 
@@ -74,6 +85,8 @@ PROBES = (
     *((Probe("causal-leak", torch.float16, causal_leak),) if hasattr(F, "scaled_dot_product_attention") else ()),
     Probe("strided-linear", torch.float32, strided_weight),
     Probe("long-contraction", torch.float32, long_contraction),
+    Probe("batched-linear", torch.float32, tokens),
+    Probe("batched-linear-m5", torch.float16, half_tokens),
     Probe("dropped-bias", torch.float32, lonely_row),
     Probe("expanded-operands", torch.float32, expanded_operand),
     Probe("channels-last", torch.float32, channels_last),

@@ -67,6 +67,8 @@ DEFECTS = (
     Defect("long-matrix", torch=((2, 7), (2, 14)), chips=("M1", "M2")),  # pytorch#193487, more than 32768 terms
     Defect("channels-last"),
     Defect("strided-linear", torch=((2, 8), (2, 9))),  # pytorch#162779
+    Defect("batched-linear", torch=((), (2, 14)), macos=((26,), (27,)), chips=("M1",)),
+    Defect("batched-linear-m5", torch=((), (2, 13)), chips=("M5",)),
     Defect("dropped-bias", torch=((), (2, 14)), macos=((26,), (27,)), chips=("M1",)),  # pytorch#188438
     Defect("expanded-operands", macos=((15,), ())),  # pytorch#180201: right in macOS 26.4 and 26.5, wrong again in 27
     Defect("mixed-norms", torch=((2, 13), (2, 14))),  # pytorch#190054
@@ -161,6 +163,17 @@ def loses_rows_of_expanded_operands(mac: VirtualMac, a: Arguments) -> Spoil | No
 @effect("macos-13.2", "linear", "addmm", "mm")
 def is_unreliable(mac: VirtualMac, a: Arguments) -> Spoil | None:
     return mangle
+
+
+@effect("batched-linear", "linear")
+def mixes_biased_rows(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    fused = a["bias"] is not None and a["input"].is_contiguous()  # others take another way
+    return mangle if fused and a["input"].dim() > 2 else None
+
+
+@effect("batched-linear-m5", "linear")
+def mixes_rows_in_half_precision(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    return mangle if a["input"].dim() > 2 and a["input"].dtype != torch.float32 else None
 
 
 @effect("dropped-bias", "linear")
