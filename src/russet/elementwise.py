@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,7 +125,14 @@ class Plain:
 def gated(h: Tensor) -> Tensor:
     """The first half of the features [B, N, 2D] times the GELU of the second."""
     value, gate = h.chunk(2, dim=-1)
-    return F.gelu(gate).mul_(value)
+    return gelu(gate).mul_(value)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """``F.gelu``; in float32 where half precision ends the process: on mps before torch 2.0 (pytorch#86218)."""
+    if x.dtype == torch.float16 and x.device.type == "mps" and torch.__version__ < "2.0":  # as versions, not as text
+        return F.gelu(x.float()).to(x.dtype)
+    return F.gelu(x)
 
 
 def convolution(steps: Elementwise, x: Tensor, conv: nn.Conv2d) -> Tensor:

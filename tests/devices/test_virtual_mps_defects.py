@@ -177,12 +177,17 @@ def test_only_the_first_pass_of_a_shape_differs_on_1_13():
             {"torch": "2.1.2"},
         ),
         (
+            lambda: F.gelu(random(2, 8, dtype=torch.float16).to("mps")),
+            {"torch": "1.13.1"},
+            {"torch": "2.0.1"},
+        ),
+        (
             lambda: F.linear(random(2, 3).bfloat16().to("mps"), random(3, 3).bfloat16().to("mps").t()),
             {"torch": "2.13.0", "macos": "27.0"},
             {"torch": "2.14.0", "macos": "27.0"},
         ),
     ],
-    ids=["LayerNorm in half", "transposed bfloat16 weight"],
+    ids=["LayerNorm in half", "GELU in half", "transposed bfloat16 weight"],
 )
 def test_the_process_dies_only_where_the_defect_holds(compute, dies_on, lives_on):
     with VirtualMac(**dies_on), pytest.raises(ProcessAborted):

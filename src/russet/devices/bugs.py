@@ -308,6 +308,14 @@ BUGS: tuple[Bug, ...] = (
         torch=((2, 0), (2, 1)),
     ),
     Bug(
+        "half-gelu",
+        "GELU in float16 ends the process",
+        "Python dies without an error",
+        "GELU is computed in float32",
+        "https://github.com/pytorch/pytorch/pull/86218",
+        torch=(ANY, (2, 0)),
+    ),
+    Bug(
         "mixed-norms",
         "a norm whose weights have another precision than its input reads them wrongly",
         "garbage",

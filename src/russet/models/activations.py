@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from russet.elementwise import gelu
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -24,10 +26,6 @@ def relu(x: Tensor) -> Tensor:
 
 def mish(x: Tensor) -> Tensor:
     return F.mish(x, inplace=True)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from russet import attention
+from russet import attention, elementwise
 from russet.devices.memory import Sizes
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Model
@@ -64,8 +64,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, wide: bool) -> Tensor
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
-    value, gate = F.linear(x, weight).chunk(2, dim=-1)
-    return F.gelu(gate).mul_(value)
+    return elementwise.gated(F.linear(x, weight))
 
 
 def embedded(table: Tensor) -> Tensor:

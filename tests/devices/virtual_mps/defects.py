@@ -72,6 +72,7 @@ DEFECTS = (
     Defect("dropped-bias", torch=((), (2, 14)), macos=((26,), (27,)), chips=("M1",)),  # pytorch#188438
     Defect("expanded-operands", macos=((15,), ())),  # pytorch#180201: right in macOS 26.4 and 26.5, wrong again in 27
     Defect("mixed-norms", torch=((2, 13), (2, 14))),  # pytorch#190054
+    Defect("half-gelu", torch=((), (2, 0))),
     Defect("half-layer-norm", torch=((2, 0), (2, 1))),
     Defect("slow-group-norm", torch=((2, 1), (2, 13))),
     Defect("upsample-half", macos=((), (13,))),
@@ -208,6 +209,13 @@ def confuses_weights(mac: VirtualMac, a: Arguments) -> Spoil | None:
 def crashes_in_half_precision(mac: VirtualMac, a: Arguments) -> Spoil | None:
     if a["input"].dtype == torch.float16:
         raise ProcessAborted("failed assertion in LayerNorm of float16")
+    return None
+
+
+@effect("half-gelu", "gelu")
+def has_no_half_gelu(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    if a["self"].dtype == torch.float16:
+        raise ProcessAborted("error: input types 'tensor<2xf16>' and 'tensor<1xf32>' are not broadcast compatible")
     return None
 
 
