@@ -154,6 +154,20 @@ def test_a_list_of_prompts_gives_the_pictures_of_single_ones():
     assert psnr(together, alone) > 90
 
 
+def test_several_pictures_of_a_prompt_and_previews_of_them_are_drawn_on_torch_1_13_too():
+    shown = []
+    with VirtualMac(torch="1.13.1", macos="13.0"):
+        pipe = mini(torch.float32).to("mps")
+
+        def look(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            shown.extend(pipe.preview(tensors["latents"]))
+            return tensors
+
+        found = picture(pipe, num_images_per_prompt=2, callback_on_step_end=look)
+    assert psnr(found[0], picture(mini(torch.float32))[0]) > 90
+    assert len(shown) == 2 * 2
+
+
 def test_noise_never_comes_from_the_device(expected):
     with VirtualMac():
         pipe = mini(torch.float32).to("mps")

@@ -77,8 +77,11 @@ class Conditioning:
         """Each row ``times`` times in a row: several images of one prompt."""
         if times == 1:
             return self
-        positive = self.positive.repeat_interleave(times, dim=0)
-        return Conditioning(positive, None if self.negative is None else self.negative.repeat_interleave(times, dim=0))
+
+        def each(x: Tensor) -> Tensor:  # mps has no repeat_interleave before torch 2.0
+            return x[:, None].expand(-1, times, -1, -1).flatten(0, 1)
+
+        return Conditioning(each(self.positive), None if self.negative is None else each(self.negative))
 
 
 def predictor(

@@ -52,7 +52,7 @@ class Previews:
     ) -> list[Image.Image]:
         """What ``StableDiffusionPipeline.preview`` returns."""
         check(latents, pipe.vae.config.latent_channels)
-        latents = torch.nan_to_num(latents.float(), posinf=0.0, neginf=0.0)
+        latents = latents.float().masked_fill(~latents.isfinite(), 0.0)  # mps has nan_to_num from torch 2.0 on
         if vae is not None:
             return to_pil(engine.decode(vae, latents.to(vae.device), len(latents)))
         if isinstance(pipe.vae, AutoencoderTiny):

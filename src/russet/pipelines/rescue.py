@@ -135,7 +135,7 @@ def decoded(vae: Autoencoder, latents: Tensor, plan: Plan) -> tuple[Tensor, tupl
             notes.append(left.pop(0).apply())
     if not is_finite(pixels):
         notes.append("the picture is not finite even in float32: its latents or the VAE's weights must be damaged")
-        pixels = torch.nan_to_num(pixels, nan=-1.0)
+        pixels = torch.nan_to_num(pixels.cpu(), nan=-1.0)  # which mps has from torch 2.0 on
     return pixels, tuple(notes)
 
 

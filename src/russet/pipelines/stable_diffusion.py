@@ -268,7 +268,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             sampling.predict(start, schedule.timesteps[0])
         sampling.aim()  # nothing of that pass is kept
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            engine.decode(self.vae, start[:1], 1)
+            engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
         self._primed = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:

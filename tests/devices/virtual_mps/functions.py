@@ -132,6 +132,14 @@ def invert(mac: VirtualMac, func: Any, x: Tensor) -> Tensor:
     return aten.bitwise_not.default(x) if virtual(x) else func(x)
 
 
+@handles(Tensor.repeat_interleave, torch.repeat_interleave)
+def repeat_interleave(mac: VirtualMac, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Before torch 2.0 a number of repeats was made a tensor, for which mps had no kernel; now it is a copy."""
+    if virtual(x) and mac.torch < (2, 0):
+        raise rules.no_kernel("repeat_interleave.Tensor")
+    return func(x, *args, **kwargs)
+
+
 @handles(Tensor.__getitem__)
 def getitem(mac: VirtualMac, func: Any, x: Tensor, index: Any) -> Tensor:
     """Numbers, slices, None and … make a view; tensors and lists gather."""
