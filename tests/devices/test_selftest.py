@@ -125,17 +125,28 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.randn(3), expected)
 
 
-@pytest.mark.parametrize(("torch_version", "macos"), [("2.0.1", "13.3"), ("2.5.1", "15.0"), ("2.13.0", "15.0")])
-def test_a_virtual_mac_passes_whatever_its_defects(torch_version, macos, monkeypatch):
+@pytest.mark.parametrize(
+    ("chip", "torch_version", "macos"),
+    [
+        ("M1", "2.0.1", "13.3"),
+        ("M1", "2.5.1", "15.0"),
+        ("M1", "2.13.0", "15.0"),
+        ("M1", "2.13.0", "26.1"),
+        ("M5", "2.12.1", "26.1"),
+    ],
+)
+def test_a_virtual_mac_passes_whatever_its_defects(chip, torch_version, macos, monkeypatch):
     monkeypatch.setattr(module, "CASES", OPERATIONS)
     monkeypatch.setattr(module, "dtypes", lambda facts: ["float16"])
-    with VirtualMac("M1", memory_gib=8, torch=torch_version, macos=macos):
+    with VirtualMac(chip, memory_gib=8, torch=torch_version, macos=macos):
         found = list(self_test("mps"))
     assert passed(found), [str(line) for line in found if line.verdict in ("wrong", "failed")]
     present = {line.name for line in found if line.verdict == "present"}
     assert "defect empty-baddbmm" in present
     if HAS_SDPA:  # without it an older torch cannot show what a newer one's does
         assert ("defect causal-leak" in present) is (torch_version != "2.13.0")
+    assert ("defect batched-linear" in present) is ((chip, macos) == ("M1", "26.1"))
+    assert ("defect batched-linear-m5" in present) is (chip == "M5")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has mps")

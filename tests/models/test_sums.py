@@ -133,8 +133,9 @@ def test_weights_that_change_between_runs_are_those_that_count(given: Any) -> No
 
 def test_layers_that_are_watched_are_called(given: Any) -> None:
     made, called = unet(), []
-    block = made.down_blocks[0].attentions[0].transformer_blocks[0]
+    block, middle = (part.attentions[0].transformer_blocks[0] for part in (made.down_blocks[0], made.mid_block))
     watched = [block, block.attn1.to_out[0], block.attn2.to_q, block.ff.net[2], made.up_blocks[0].resnets[0].conv2]
+    watched += [middle.attn1, middle.attn2]
     for layer in watched:
         layer.register_forward_hook(lambda layer, *_: called.append(layer))
     prepared(made)

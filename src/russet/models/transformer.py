@@ -76,7 +76,8 @@ class MultiHeadAttention(Summing, Attending):
         return Absorbed.of(keys, values, self.to_q, self.out, self.scale)
 
     def lay_sums(self, copies: int | None) -> None:
-        self.sums = None if copies is None else attention_sum(self.own, self.out, self.heads, self.attention)
+        apart = copies is None or hooked(self)
+        self.sums = None if apart else attention_sum(self.own, self.out, self.heads, self.attention)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """What a text [B, M, Dc] is attended by: keys and values [B, H, M, D], padded if attention pads them."""
