@@ -85,6 +85,33 @@ def test_layer_norm_of_a_sum_is_that_of_pytorch(features):
     torch.testing.assert_close(elementwise_triton.layer_norm(x, norm, None), norm(x), rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_added_after_the_norm_is_not_normalised():
+    h, x, shift, norm = made(2, 7, 48), made(2, 7, 48, seed=1), made(48, seed=2), norm_of(nn.LayerNorm, 48)
+    total, normed = PLAIN.added_norm(h.clone(), x, norm)
+    torch.testing.assert_close(elementwise_triton.layer_norm(h, norm, x, shift), normed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(h, total + shift)
+
+
+def test_a_product_is_added_to_a_sum_that_has_its_bias(monkeypatch):
+    monkeypatch.setattr(elementwise_triton, "computes", lambda x: True)  # in the interpreter too
+    steps, h, x, inner = Fused(silu, False), made(2, 7, 48), made(2, 7, 48, seed=1), made(2, 7, 96, seed=2)
+    norm, last = norm_of(nn.LayerNorm, 48), nn.Linear(96, 48).to(DEVICE)
+    total, normed = PLAIN.added_norm(h.clone(), x, norm)
+    expected = total + last(inner)
+
+    def found(ahead: bool) -> torch.Tensor:
+        y, again, early = steps.added_norm_before(h.clone(), x, norm, last)
+        assert early == ahead
+        torch.testing.assert_close(again, normed, rtol=1e-4, atol=1e-4)
+        return steps.product_added(inner, last, y, early)
+
+    torch.testing.assert_close(found(ahead=True), expected, rtol=1e-4, atol=1e-4)
+    watched = []
+    last.register_forward_hook(lambda *_: watched.append(1))
+    torch.testing.assert_close(found(ahead=False), expected, rtol=1e-4, atol=1e-4)
+    assert watched
+
+
 @pytest.mark.parametrize("features", [24, 600])
 def test_the_gate_is_that_of_pytorch(features):
     x = made(2, 5, 2 * features)

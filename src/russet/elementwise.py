@@ -75,6 +75,16 @@ class Elementwise(Protocol):
         """Of ``proj(x)`` [B, N, 2D] the first half of the features times the GELU of the second (arXiv:2002.05202)."""
         ...
 
+    def added_norm_before(
+        self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
+    ) -> tuple[Tensor, Tensor, bool]:
+        """The same before ``product_added``, and whether ``last``'s bias is in the sum already, though not its norm."""
+        ...
+
+    def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
+        """``last(h) + x`` for tokens [B, N, D]; ``ahead``: its bias is in x, which may be overwritten then."""
+        ...
+
 
 class Plain:
     """The steps as PyTorch has them."""
@@ -120,6 +130,15 @@ class Plain:
 
     def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
         return gated(proj(x))
+
+    def added_norm_before(
+        self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
+    ) -> tuple[Tensor, Tensor, bool]:
+        return *self.added_norm(h, x, norm), False
+
+    def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
+        assert not ahead, "nothing is added before its time"
+        return self.added(last(h), x)
 
 
 def gated(h: Tensor) -> Tensor:

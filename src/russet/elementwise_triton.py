@@ -103,6 +103,20 @@ class Fused:
         whole = self._gated_products and products.takes(x, proj)
         return products.gated_product(x, proj) if whole else gated(proj(x))
 
+    def added_norm_before(
+        self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
+    ) -> tuple[Tensor, Tensor, bool]:
+        taken = takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape
+        if not taken or hooked(last) or last.bias is None or self._plain():
+            return *self.added_norm(h, x, norm), False
+        return h, layer_norm(h, norm, x, last.bias), True
+
+    def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
+        if not ahead:
+            return PLAIN.product_added(h, last, x, ahead)
+        x.flatten(0, 1).addmm_(h.flatten(0, 1), last.weight.t())  # a passage over the sum less than if added after
+        return x
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compiles the kernels for a dtype, beside whatever the program does next; what compiles them may fail."""
         if (device, dtype) not in self._prepared:
@@ -369,23 +383,27 @@ def _shifted_sum(
     tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
 
 
-def layer_norm(h: Tensor, norm: nn.LayerNorm, x: Tensor | None) -> Tensor:
-    """Layer normalisation (arXiv:1607.06450) of tokens ``h`` [B, N, D], or of ``h + x``, then put into ``h``."""
+def layer_norm(h: Tensor, norm: nn.LayerNorm, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+    """Layer normalisation (arXiv:1607.06450) of tokens ``h`` [B, N, D], or of ``h + x``.
+
+    That sum is put into ``h``, with ``shift`` [D] added, which is not normalised.
+    """
     out = torch.empty_like(h)
     features = h.shape[-1]
     wide = max(512, triton.next_power_of_2(features))
     rows = max(1, 2048 // wide)
     count = h.numel() // features
     _layer_norm[(triton.cdiv(count, rows),)](
-        h, h if x is None else x, out, norm.weight, norm.bias, count, features, norm.eps, 0 if x is None else count,
+        h, h if x is None else x, out, norm.weight, norm.bias, norm.bias if shift is None else shift,
+        count, features, norm.eps, 0 if x is None else count, 0 if shift is None else features,
         WIDE=wide, ROWS=rows, num_warps=4,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["count", "both"])
+@triton.jit(do_not_specialize=["count", "both", "shifted"])
 def _layer_norm(
-    h, x, out, weight, bias, count, features, eps, both, WIDE: tl.constexpr, ROWS: tl.constexpr
+    h, x, out, weight, bias, shift, count, features, eps, both, shifted, WIDE: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """One program: some tokens."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -396,9 +414,9 @@ def _layer_norm(
     values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     summed = mask & (row < both)[:, None]
     values += tl.load(x + at, mask=summed, other=0.0).to(tl.float32)
-    stored = values.to(h.dtype.element_ty)
-    tl.store(h + at, stored, mask=summed)
-    values = stored.to(tl.float32)  # what was stored is what is normalised
+    values = values.to(h.dtype.element_ty).to(tl.float32)  # what would be stored is what is normalised
+    later = tl.load(shift + column, mask=column < shifted, other=0.0).to(tl.float32)
+    tl.store(h + at, (values + later[None, :]).to(h.dtype.element_ty), mask=summed)
     mean = tl.sum(values, 1) / features
     away = tl.where(mask, values - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(away * away, 1) / features + eps)

@@ -404,4 +404,8 @@ def test_a_text_that_was_read_gives_the_same_answer(name, attention, randn):
     expected = unet(x, 500.0, text, **more).sample
     torch.testing.assert_close(unet(x, 500.0, unet.read(text), **more).sample, expected, rtol=1e-5, atol=1e-6)
     unet.lay_together()
-    torch.testing.assert_close(unet(x, 500.0, unet.read(text), **more).sample, expected, rtol=1e-5, atol=1e-5)
+    joined = unet.read(text, together=True)
+    assert len(joined.tensors()) == 2  # the text, and one product for all layers
+    torch.testing.assert_close(unet(x, 500.0, joined, **more).sample, expected, rtol=1e-5, atol=1e-5)
+    other = unet.read(text.flip(0), together=True).of([tensor.clone() for tensor in joined.tensors()])
+    torch.testing.assert_close(unet(x, 500.0, other, **more).sample, expected, rtol=1e-5, atol=1e-5)

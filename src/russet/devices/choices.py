@@ -37,7 +37,8 @@ MEANING: Mapping[str, str] = {
     "residual_sums": "'apart'; 'in products': the UNet's sums with a product are part of it (see russet.models.sums);"
     " 'in products, with copies': also those that need copies of weights",
     "times": "'ahead': what the UNet makes of the times of a run is computed before they come; or 'each call'",
-    "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; 'absorbed': and are"
+    "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; 'kept together': by one"
+    " product for all layers; 'absorbed': and are"
     " multiplied into the weights around them; or 'each call'",
     "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
     "memory_format": "'channels_last' or 'contiguous': module.to(memory_format=…) of UNet and VAE, and of what enters",

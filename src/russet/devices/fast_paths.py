@@ -122,6 +122,8 @@ def text_keys(facts: Facts, sizes: Sizes, request: Request, found: Decisions) ->
     if size > facts.budget // 50:
         return "each call", f"{gigabytes(size)} for all prompts are too much to keep"
     kept = f"the text is the same in all steps, and {gigabytes(size)} keep what is made of it"
+    if facts.device == "cuda":
+        return "kept together", kept
     if facts.device != "mps" or affected(facts, "no-sdpa") or affected(facts, "no-flash"):
         return "kept", kept
     if sizes.unet.upcast:

@@ -63,7 +63,7 @@ def predict(sizes: Sizes, found: Decisions) -> Estimate:
 
 def recorded(sizes: Sizes, found: Decisions) -> int:
     """What recorded calls hold for good: their own copy of the text's keys and values."""
-    return text_key_bytes(sizes, found) if found["graphs"] and found["text_keys"] == "kept" else 0
+    return text_key_bytes(sizes, found) if found["graphs"] and found["text_keys"] != "each call" else 0
 
 
 def on_cuda(found: Decisions) -> bool:

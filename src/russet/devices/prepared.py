@@ -14,7 +14,7 @@ REPEATED = 5 * 2**20  # bytes up to which a shortcut's weights are repeated for 
 
 def made_before(sizes: Sizes, found: Decisions, rows: int) -> int:
     """All of it, for ``rows`` rows in a call of the UNet."""
-    kept = {"kept": text_key_bytes, "absorbed": absorbed_bytes}.get(found["text_keys"])
+    kept = {"kept": text_key_bytes, "kept together": text_key_bytes, "absorbed": absorbed_bytes}.get(found["text_keys"])
     total = 0 if kept is None else kept(sizes, found)
     if found["times"] == "ahead":
         total += told_bytes(sizes, found)

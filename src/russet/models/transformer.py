@@ -70,19 +70,17 @@ class MultiHeadAttention(Summing, Attending):
         """Whether a text can be multiplied into the weights."""
         return is_fused(self.attention) and not any(hooked(layer) for layer in (self, self.to_q, self.out))
 
-    def absorb(self, context: Tensor) -> Absorbed:
-        """The text [B, M, Dc] in the weights."""
-        keys, values = self._heads(self.to_k(context)), self._heads(self.to_v(context))
-        return Absorbed.of(keys, values, self.to_q, self.out, self.scale)
+    def absorb(self, keys: Tensor, values: Tensor) -> Absorbed:
+        """A text in the weights, by what ``to_k`` and ``to_v`` make of it [B, M, C]."""
+        return Absorbed.of(self._heads(keys), self._heads(values), self.to_q, self.out, self.scale)
 
     def lay_sums(self, copies: int | None) -> None:
         apart = copies is None or hooked(self)
         self.sums = None if apart else attention_sum(self.own, self.out, self.heads, self.attention)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """What a text [B, M, Dc] is attended by: keys and values [B, H, M, D], padded if attention pads them."""
-        keys, values = self._heads(self.to_k(context)), self._heads(self.to_v(context))
-        return widened(self.attention, keys), widened(self.attention, values)
+    def as_heads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``to_k`` and ``to_v`` make of a text [B, M, C] as heads [B, H, M, D], padded if attention pads them."""
+        return widened(self.attention, self._heads(keys)), widened(self.attention, self._heads(values))
 
     def _of_itself(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, N, D] of the tokens themselves."""
@@ -119,11 +117,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # type: ignore[no-any-return]
 
-    def added(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """x [B, N, D] plus what this makes of its norm, but for the last bias."""
+    @property
+    def layers(self) -> tuple[GEGLU, nn.Linear]:
+        """The gated layer and the last one."""
         first, last = self.net[0], self.net[2]
         assert isinstance(first, GEGLU)
         assert isinstance(last, nn.Linear)
+        return first, last
+
+    def added(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x [B, N, D] plus what this makes of its norm, but for the last bias."""
+        first, last = self.layers
         h = gated(first.proj(first.steps.layer_norm(x, norm)))  # the norm is free as soon as it is multiplied
         return torch.addmm(x.flatten(0, 1), h.flatten(0, 1), last.weight.t()).view_as(x)
 
@@ -149,6 +153,11 @@ class TransformerBlock(Stepping):
         """The layers that attend to the text."""
         return [self.attn1, self.attn2] if self.only_cross else [self.attn2]
 
+    @property
+    def plain_feed(self) -> bool:
+        """Whether the feed-forward layer is no more than its weights: nothing watches it."""
+        return not any(hooked(module) for module in (self.ff, self.ff.net, *self.ff.net))
+
     def forward(self, x: Tensor, text: Text) -> Tensor:
         # Each sum goes into the output of a linear layer, which that layer does not need for its gradient.
         steps = self.steps
@@ -158,6 +167,10 @@ class TransformerBlock(Stepping):
         x, normed = steps.added_norm(h, x, self.norm2)
         if text.absorbed(self.attn2) is None:
             x, normed = repeated(x, text.rows), repeated(normed, text.rows)
+            if self.plain_feed:
+                first, last = self.ff.layers
+                x, normed, ahead = steps.added_norm_before(self.attn2(normed, text), x, self.norm3, last)
+                return steps.product_added(steps.geglu(normed, first.proj), last, x, ahead)
             x, normed = steps.added_norm(self.attn2(normed, text), x, self.norm3)
         else:
             x = self._read(x, normed, text)

@@ -15,8 +15,8 @@ from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
 from russet.models.text import Text
-from russet.models.together import TimeTogether
-from russet.models.transformer import TransformerBlock, repeated
+from russet.models.together import TimeTogether, Together
+from russet.models.transformer import MultiHeadAttention, TransformerBlock, repeated
 from russet.models.unet_config import UNetConfig
 
 
@@ -61,16 +61,22 @@ class UNet2DConditionModel(Conditioned, Stepping):
         self.conv_out = nn.Conv2d(first, *last, padding=config.conv_out_kernel // 2)
         blocks = [(b.time_emb_proj, b.conv1) for b in self.modules() if isinstance(b, Resnet) and b.time_emb_proj]
         self.told = TimeTogether([projection for projection, _ in blocks], [conv for _, conv in blocks])
+        self.texts = Together([layer for reader in self._readers() for layer in (reader.to_k, reader.to_v)])
         self.eval()
 
-    def read(self, context: Tensor, *, absorbed: bool = False) -> Text:
+    def read(self, context: Tensor, *, absorbed: bool = False, together: bool = False) -> Text:
         """A text [B, N, D] with the keys and values that every layer makes of it, for many calls of one prompt.
 
         absorbed: both are multiplied into the weights around them, where that can be: fewer operations in each call.
+        together: all are one product, if ``lay_together`` was called: all of it is kept while any part is.
         """
         require_tensor("encoder_hidden_states", context)
+        return Text(context, self._readers(), absorbed, self.texts if together else None)
+
+    def _readers(self) -> list[MultiHeadAttention]:
+        """The layers that attend to the text."""
         blocks = (block for block in self.modules() if isinstance(block, TransformerBlock))
-        return Text(context, [reader for block in blocks for reader in block.readers], absorbed)
+        return [reader for block in blocks for reader in block.readers]
 
     def tell(self, timesteps: Sequence[float], timestep_cond: Tensor | None = None) -> list[Time]:
         """Times to come, as ``forward`` takes them: computed together, and once for all pictures.

@@ -146,7 +146,10 @@ def unet_call(
     @functools.cache  # at the first call, when the UNet is where it works
     def prepared() -> tuple[Text, Hashable | None]:
         absorbed = text_keys == "absorbed" and context.shape[1] <= TEXT  # of more words the plan does not know
-        text = Text(context) if text_keys == "each call" else unet.read(context, absorbed=absorbed)
+        if text_keys == "each call":
+            text = Text(context)
+        else:
+            text = unet.read(context, absorbed=absorbed, together=text_keys == "kept together")
         return text, None if graphs is None else identity(unet)
 
     def call(
