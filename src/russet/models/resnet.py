@@ -84,7 +84,8 @@ class Resnet(Summing, Stepping):
         # What is overwritten below is a convolution's or a norm's own output, which neither needs for its gradient.
         steps = self.steps
         told, whole = (None, False) if time is None else time.shift(self.time_emb_proj)
-        spare = spare and steps.reuses and self.conv_shortcut is not None
+        summed = self.sums is not None and len(self.sums.weight) == len(x)
+        spare = spare and steps.reuses and self.conv_shortcut is not None and not summed
         beside = self._beside(x) if spare else None  # early, so that the norm can take the memory of x
         h = steps.normed(x, self.norm1, self.act, spare=spare)
         if self.scale_shift and told is not None:
@@ -94,7 +95,7 @@ class Resnet(Summing, Stepping):
         else:
             h, rest = steps.convolved(h, self.conv1, told, whole=whole)
             h = steps.normed(h, self.norm2, self.act, rest)
-        if self.sums is not None and len(self.sums.weight) == len(x):
+        if summed:
             h = self.sums.added(h, x)
         else:
             h, rest = steps.convolved(h, self.conv2)
