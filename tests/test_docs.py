@@ -76,8 +76,8 @@ def test_the_programs_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypat
 
 
 def quick(code: str) -> str:
-    """A program with 4 steps for each picture."""
-    return re.sub(r"(num_inference_steps=)\d+", r"\g<1>4", code)
+    """A program with 2 steps for each picture."""
+    return re.sub(r"(num_inference_steps=)\d+", r"\g<1>2", code)
 
 
 def test_the_program_of_the_guide_runs_with_the_embedded_model(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from russet.metadata import Parameters
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 QUICK = ["--steps", "2", "--device", "cpu"]
+SMALL = [*QUICK, "--width", "64", "--height", "64"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,7 @@ def test_a_prompt_becomes_a_picture(here, capsys):
 
 def test_the_same_seed_is_the_same_picture_and_no_file_is_overwritten(here):
     for seed in ("7", "7", "8"):
-        assert run([PROMPT, *QUICK, "--seed", seed, "-q"]) == 0
+        assert run([PROMPT, *SMALL, "--seed", seed, "-q"]) == 0
     assert pictures(here) == ["russet-0001-seed7.png", "russet-0002-seed7.png", "russet-0003-seed8.png"]
     one, two, three = (np.asarray(Image.open(path)) for path in sorted(here.iterdir()))
     assert np.array_equal(one, two)
@@ -67,7 +68,7 @@ def test_the_same_seed_is_the_same_picture_and_no_file_is_overwritten(here):
 
 
 def test_a_sampler_is_chosen_by_name_and_told(here, capsys):
-    assert run([PROMPT, *QUICK, "--seed", "1", "--sampler", "DPM++ 2M Karras", "--json"]) == 0
+    assert run([PROMPT, *SMALL, "--seed", "1", "--sampler", "DPM++ 2M Karras", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["sampler"] == "DPM++ 2M Karras"
     with Image.open(report["images"][0]["path"]) as image:
@@ -104,18 +105,18 @@ def test_several_pictures_have_several_seeds_and_the_report_is_json(here, capsys
 
 def test_a_seed_left_out_is_random_and_told(here):
     for _ in range(2):
-        assert run([PROMPT, *QUICK, "-q"]) == 0
+        assert run([PROMPT, *SMALL, "-q"]) == 0
     one, two = pictures(here)
     assert one.split("seed")[1] != two.split("seed")[1]
 
 
 def test_quiet_prints_the_path_alone(capsys):
-    assert run([PROMPT, *QUICK, "-q", "--seed", "1"]) == 0
+    assert run([PROMPT, *SMALL, "-q", "--seed", "1"]) == 0
     assert capsys.readouterr() == ("russet-0001-seed1.png\n", "")
 
 
 def test_a_long_prompt_is_warned_of(capsys):
-    assert run(["a cat and " * 40, *QUICK]) == 0
+    assert run(["a cat and " * 40, *SMALL]) == 0
     assert "warning: the prompt is longer" in capsys.readouterr().err
 
 
@@ -167,22 +168,22 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(here):
 
 def test_leaving_work_out_is_written_into_the_picture(here, capsys):
     less = ["--guidance-interval", "0", "0.9", "--deep-cache", "2"]
-    assert run([PROMPT, *QUICK, *less, "--json"]) == 0
+    assert run([PROMPT, *SMALL, *less, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["guidance_interval"], report["deep_cache"]) == ([0.0, 0.9], 2)
     with Image.open(report["images"][0]["path"]) as image:
         settings = Parameters.of_text(image.text["parameters"]).settings
     assert (settings["CFG interval"], settings["Deep cache"]) == ("0.0-0.9", "2")
-    assert run([PROMPT, *QUICK, "--guidance-interval", "0.9", "0.1"]) == 2
+    assert run([PROMPT, *SMALL, "--guidance-interval", "0.9", "0.1"]) == 2
     assert "guidance_interval" in capsys.readouterr().err
 
 
 def test_a_preview_shows_all_pictures_while_they_are_drawn(here, capsys):
     (here / "look.png").write_bytes(b"what was there before")
-    assert run([PROMPT, *QUICK, "--number", "2", "--preview", "look.png", "-q"]) == 0
+    assert run([PROMPT, *SMALL, "--number", "2", "--preview", "look.png", "-q"]) == 0
     with Image.open(here / "look.png") as image:
-        assert image.size == (512, 256)
+        assert image.size == (128, 64)
         assert np.asarray(image).std() > 5
     assert len(pictures(here)) == 3
-    assert run([PROMPT, *QUICK, "--preview", "look.jpg"]) == 2
+    assert run([PROMPT, *SMALL, "--preview", "look.jpg"]) == 2
     assert "look.png" in capsys.readouterr().err

@@ -221,7 +221,7 @@ def test_a_whole_call_peaks_as_predicted(shared_mini, width, height, images):
 @pytest.mark.skipif(not HAS_SDPA, reason="without fused attention the scores are the peak, which hide the map")
 @pytest.mark.parametrize("branch", [0, 1])
 def test_deep_maps_that_are_kept_count_as_predicted(mini, branch):
-    options = {"width": 128, "height": 128, "num_images_per_prompt": 12, "num_inference_steps": 4}
+    options = {"width": 128, "height": 128, "num_images_per_prompt": 12, "num_inference_steps": 2}
     mini._choose(micro_batch=1)
     peaks, predictions = [], []
     for switch in (mini.disable_deep_cache, lambda: mini.enable_deep_cache(2, branch, start=0)):

@@ -324,20 +324,18 @@ def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, tex
 
 NEAR = 35.0  # dB
 MINI = {"num_inference_steps": 25, "guidance_scale": 5.0, "seed": 42, "output_type": "np"}
-PROMPTS = ["a photo of an astronaut riding a horse on mars", "a cat on the moon"]
+PROMPT = "a photo of an astronaut riding a horse on mars"
 
 
 @pytest.fixture(scope="module")
 def full(shared_mini: Any) -> Any:
-    return shared_mini(PROMPTS, **MINI).images
+    return shared_mini(PROMPT, **MINI).images
 
 
 def test_the_cache_as_it_is_switched_on_keeps_the_pictures(mini: Any, full: Any, psnr: Any) -> None:
     mini.enable_deep_cache()
-    for picture, wanted in zip(mini(PROMPTS, **MINI).images, full, strict=True):
-        assert psnr(picture, wanted) > NEAR
+    assert psnr(mini(PROMPT, **MINI).images, full) > NEAR
 
 
 def test_the_recommended_interval_keeps_the_pictures(mini: Any, full: Any, psnr: Any) -> None:
-    for picture, wanted in zip(mini(PROMPTS, guidance_interval=(0, 0.95), **MINI).images, full, strict=True):
-        assert psnr(picture, wanted) > NEAR
+    assert psnr(mini(PROMPT, guidance_interval=(0, 0.95), **MINI).images, full) > NEAR
