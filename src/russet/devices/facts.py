@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -275,6 +276,7 @@ def why_no_mps(common: dict[str, Any]) -> str:
     return "this macOS is too old for this PyTorch, or no GPU is visible; run `russet doctor`"
 
 
+@functools.cache
 def can_compile() -> bool:
     """Whether Triton is there, and the C compiler that it builds its launchers with."""
     compilers = ("gcc", "clang", "cc")

@@ -77,7 +77,8 @@ def gathered(x: Tensor, scale: float, weights: Sequence[float], values: Sequence
     return x
 
 
-def quadrature(at: Sequence[float], moments: Sequence[float]) -> list[float]:
+@functools.lru_cache(maxsize=256)  # a run solves each twice, and the next run the same ones
+def quadrature(at: tuple[float, ...], moments: tuple[float, ...]) -> list[float]:
     """Weights for values at the places ``at`` that integrate each power 0, 1, … to its moment."""
     weights: list[float] = np.linalg.solve(np.vander(at, increasing=True).T, moments).tolist()
     return weights
@@ -92,7 +93,7 @@ def adams(x: Tensor, past: Sequence[Seen], b: Point, noise: Noise, even: bool = 
     if len(past) == 1:  # no difference of two large numbers, where sigma is in the thousands
         return past[0].x0 + past[0].eps * b.sigma
     at = [-n if even else (seen.point.sigma - a) / (b.sigma - a) for n, seen in enumerate(past)]
-    weights = quadrature(at, [1 / n for n in range(1, len(past) + 1)])
+    weights = quadrature(tuple(at), tuple(1 / n for n in range(1, len(past) + 1)))
     return gathered(x, b.sigma - a, weights, [seen.eps for seen in past])
 
 
@@ -140,7 +141,8 @@ class Exponential:
         moments = [math.expm1(z)]
         for n in range(1, len(past)):
             moments.append(n * moments[-1] / z - 1)
-        weights = quadrature([math.log(a.sigma / seen.point.sigma) / h for seen in past], KINDS[self.kind](moments, z))
+        at = tuple(math.log(a.sigma / seen.point.sigma) / h for seen in past)
+        weights = quadrature(at, tuple(KINDS[self.kind](moments, z)))
         x = gathered(keep * x, -gain, weights, [seen.x0 if self.data else seen.eps for seen in past])
         if not self.sde:
             return x

@@ -93,7 +93,7 @@ class Schedule:
         """The rest of the schedule from a step on (image to image): as good as a whole one, with fewer steps."""
         if not 0 <= step < len(self.points):
             raise InputError(f"a run of {len(self.points)} steps cannot begin at step {step}")
-        return dataclasses.replace(self, points=self.points[step:])
+        return dataclasses.replace(self, points=self.points[step:]) if step else self
 
     def add_noise(self, x0: Tensor, noise: Tensor) -> Tensor:
         """An image's latents with the noise of the first point, as ``run`` takes them; noise: standard normal."""
