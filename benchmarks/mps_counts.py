@@ -39,6 +39,15 @@ from russet.tokenizer import CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "devices"))
 from virtual_mps import Counts, VirtualMac
 
+# Found now: some of them look for what an older torch does not have while they are imported.
+THEIRS = {
+    name: getattr(owner, name)
+    for owner, names in {
+        diffusers: ("AutoencoderKL", "PNDMScheduler", "StableDiffusionPipeline", "UNet2DConditionModel"),
+        transformers: ("CLIPTextConfig", "CLIPTextModel", "CLIPTokenizer"),
+    }.items()
+    for name in names
+}
 TOKENIZER = Path(russet.__file__).parent / "mini" / "tokenizer"
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 STEPS = (4, 8)
@@ -58,15 +67,15 @@ def hollow(network: nn.Module) -> nn.Module:
 
 def diffusers_pipeline(geometry: Geometry) -> Any:
     with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(**geometry.unet)
-        vae = diffusers.AutoencoderKL(**geometry.vae)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**geometry.text))  # its buffers want numbers
-    return diffusers.StableDiffusionPipeline(
+        unet = THEIRS["UNet2DConditionModel"](**geometry.unet)
+        vae = THEIRS["AutoencoderKL"](**geometry.vae)
+    text = THEIRS["CLIPTextModel"](THEIRS["CLIPTextConfig"](**geometry.text))  # its buffers want numbers
+    return THEIRS["StableDiffusionPipeline"](
         unet=hollow(unet),
         vae=hollow(vae),
         text_encoder=hollow(text),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(TOKENIZER),
-        scheduler=diffusers.PNDMScheduler(**SCHEDULER, skip_prk_steps=True),
+        tokenizer=THEIRS["CLIPTokenizer"].from_pretrained(TOKENIZER),
+        scheduler=THEIRS["PNDMScheduler"](**SCHEDULER, skip_prk_steps=True),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
