@@ -173,6 +173,14 @@ def test_only_as_many_scores_exist_as_were_asked_for(method, scores):
     assert largest.elements == scores
 
 
+def test_a_short_text_is_attended_to_in_fewer_pieces_with_no_more_scores():
+    q, k, v = tensors(600, 20, dim=4)
+    with Largest() as largest:
+        found = chunked(7)(q, k, v, 0.5)
+    assert 6 * 7 * 600 * 0.9 < largest.elements <= 6 * 7 * 600
+    torch.testing.assert_close(found, plain(q, k, v, 0.5))
+
+
 def test_joining_the_heads_afterwards_copies_nothing():
     q, k, v = tensors(30, 20)
     ours = [sliced(1), chunked(7, 9)]

@@ -104,7 +104,8 @@ class chunked:
     """Attention over ``queries`` × ``keys`` scores of every head at a time, by the online softmax of arXiv:1805.02867.
 
     The softmax is float32 whatever the dtype, and so are its running maximum, sum and weighted values. Without ``keys``
-    all keys are taken at once: less work, and still only ``queries`` rows of each score matrix.
+    all keys are taken at once: less work, and still only ``queries`` rows of each score matrix; of one with fewer keys
+    than queries, as attention to a text has it, as many more rows as make no more scores than a square one would.
 
     Raises:
         InputError: ``queries`` or ``keys`` is not a positive int.
@@ -120,9 +121,11 @@ class chunked:
         mask = _spread(mask, q, k)
         out = _like_tokens(q, v)
         q, k, v = q.contiguous() * scale, k.contiguous(), v.contiguous()  # once, or each product would copy them again
-        rows = self._at_once if self.keys is None or self.keys >= k.shape[2] else self._piece_by_piece
-        for n in range(0, q.shape[2], self.queries):
-            part = slice(n, n + self.queries)
+        step, rows = self.queries, self._piece_by_piece
+        if self.keys is None or self.keys >= k.shape[2]:
+            step, rows = max(step, step * q.shape[2] // k.shape[2]), self._at_once
+        for n in range(0, q.shape[2], step):
+            part = slice(n, n + step)
             out[:, :, part] = rows(q[:, :, part], k, v, None if mask is None else mask[:, :, part])
         return out
 

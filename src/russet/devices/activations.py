@@ -32,7 +32,14 @@ class Attended:
             return 0
         if choice.kind == "sliced":
             return min(choice.rows or 1, matrices) * self.queries * self.keys
-        return matrices * min(choice.queries or self.queries, self.queries) * min(choice.keys or self.keys, self.keys)
+        return matrices * self.rows(choice) * min(choice.keys or self.keys, self.keys)
+
+    def rows(self, choice: AttentionChoice) -> int:
+        """Queries of each matrix that chunked attention takes at a time."""
+        rows = choice.queries or self.queries
+        if choice.keys is None or choice.keys >= self.keys:
+            rows = max(rows, rows * self.queries // self.keys)
+        return min(rows, self.queries)
 
     def scratch(self, choice: AttentionChoice, width: int) -> int:
         """Bytes at the widest moment beside queries, keys and values: padded or float32 copies, scores, the result."""
@@ -49,7 +56,7 @@ class Attended:
         if choice.kind == "sliced":  # the scaled queries, scores and their softmax
             scores = 2 * scores * inner + q * inner // 2
         elif choice.kind == "chunked":
-            queries = min(choice.queries or self.queries, self.queries)
+            queries = self.rows(choice)
             step = min(choice.keys or self.keys, self.keys)
             if step == self.keys:  # float32 scores and their softmax
                 row = 8 * step

@@ -9,7 +9,9 @@
 | 2.13 –    | a flash kernel without it for more queries and some head sizes |
 
 The head sizes and dtypes of the flash kernels were read from the strings of PyPI's macOS wheel of torch 2.13.0, the
-rest from pytorch's Attention.mm. What MPSGraph holds inside a graph on top of these tensors is not known, nor counted.
+rest from pytorch's Attention.mm. All of them write a new tensor in the order [B, H, N, D], however the queries lie
+(``at::empty(q.sizes())``), so putting the heads together again is a copy. What MPSGraph holds inside a graph on top of
+these tensors is not known, nor counted.
 """
 
 from __future__ import annotations
