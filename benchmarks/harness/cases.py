@@ -206,6 +206,7 @@ def gpu_cases(*, tiny: bool = False) -> list[Case]:
     sides = (32, 64) if tiny else (256, 512, 768, 1024, 1536, 2048)
     batches = (1, 2) if tiny else (1, 2, 4, 8, 16, 32, 64)
     many = 2 if tiny else 16
+    few = (1, 2) if tiny else (2, 6)
     soonest_first = sorted(ONE_GPU, key=lambda name: name == "diffusers-best")
     start = [named("cold start", load_and_first, 8, contestant=name) for name in soonest_first]
     again = [name for name in ONE_GPU if CONTESTANTS[name].compiles]
@@ -218,9 +219,9 @@ def gpu_cases(*, tiny: bool = False) -> list[Case]:
         ),
         named("quality", quality, 10, contestants=ONE_GPU),
         *(named("cached start", load_and_first, 15, contestant=name, cached=True) for name in reversed(again)),
-        named("start to disk", start_to_disk, 25, rounds=1 if tiny else 3, steps=50),
-        named("growth by side", growth, 30, contestants=GROWING, of="side", at=sides, steps=(2, 6)),
-        named("growth by batch", growth, 30, contestants=GROWING, of="batch", at=batches, steps=(2, 6)),
+        named("start to disk", start_to_disk, 25, rounds=1 if tiny else 3, steps=2 if tiny else 50),
+        named("growth by side", growth, 30, contestants=GROWING, of="side", at=sides, steps=few),
+        named("growth by batch", growth, 30, contestants=GROWING, of="batch", at=batches, steps=few),
         named(
             f"batch {many}, compiled",
             pictures,

@@ -16,7 +16,7 @@ from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines.graphs import Graphs
 from russet.pipelines.guidance import guidance_embedding, unet_call
 
-FAST = {"num_inference_steps": 6, "output_type": "latent", "seed": 1}
+FAST = {"num_inference_steps": 4, "output_type": "latent", "seed": 1}
 INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
 
 
