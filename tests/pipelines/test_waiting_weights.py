@@ -80,6 +80,21 @@ def test_whatever_needs_weights_has_them_read(look: Any, folder: Path) -> None:
     assert waits(pipe) == set()
 
 
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("look", [lambda pipe: pipe.unet, lambda pipe: pipe.to("cpu")], ids=["a look", "to()"])
+def test_weights_that_are_not_finite_are_reported_before_anything_is_computed(
+    look: Any, dtype: str | None, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["decoder.conv_out.bias"][1] = -torch.inf
+    save_file(state, path, {"format": "pt"})
+    pipe = opened(folder, torch_dtype=dtype)
+    assert "NaN" not in caplog.text
+    look(pipe)
+    assert "vae: NaN or Inf in decoder.conv_out.bias;" in caplog.text
+
+
 def test_a_network_that_made_some_of_its_weights_itself_is_read_like_the_others(folder: Path) -> None:
     """As the safety checker does, whose first parameter is computed and not left empty."""
     pipe = russet.DiffusionPipeline.from_pretrained(folder)
