@@ -142,10 +142,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(here, capsys, words, code, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_ctrl_c_ends_with_130_and_leaves_nothing(here):
-    code = "from russet.cli import main; main()"
+def test_ctrl_c_ends_with_130_and_leaves_nothing(here, tmp_path_factory):
+    code, look = "from russet.cli import main; main()", tmp_path_factory.mktemp("preview") / "look.png"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, PROMPT, "--steps", "500", "--device", "cpu"],
+        [sys.executable, "-c", code, PROMPT, *SMALL, "--steps", "999", "--preview", str(look)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -153,8 +153,9 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(here):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        time.sleep(6)
-        assert process.poll() is None, "it ended before it could be interrupted"
+        while not look.exists():  # which is there while it draws
+            assert process.poll() is None, "it ended before it could be interrupted"
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     finally:
