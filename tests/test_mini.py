@@ -34,9 +34,8 @@ def named(colour: np.ndarray) -> str:
 
 def test_the_background_has_the_colour_that_the_prompt_asks_for(shared_mini: Any) -> None:
     wanted = ["red", "green", "blue", "yellow", "purple", "white", "black"]
-    pictures = shared_mini(
-        [f"a photo of a cat on a {colour} background" for colour in wanted], seed=0, **SETTINGS
-    ).images
+    prompts = [f"a photo of a cat on a {colour} background" for colour in wanted]
+    pictures = shared_mini(prompts, seed=0, height=128, width=128, **SETTINGS).images
     found = [named(border_colour(picture)) for picture in pictures]
     assert sum(a == b for a, b in zip(wanted, found, strict=True)) >= 6, found  # chance: one of seven
 
