@@ -18,7 +18,8 @@ LIGHT = {"errors"}
 FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
-STEPS = {"elementwise", "elementwise_triton", "products_triton", "elementwise_cpu", "onednn", "winograd"}
+WINOGRAD = {"winograd", "winograd_sizes"}
+STEPS = {"elementwise", "elementwise_triton", "products_triton", "elementwise_cpu", "onednn"} | WINOGRAD
 OTHERS = {
     "arguments",
     "attention",
@@ -44,9 +45,10 @@ ALLOWED = {
     "elementwise": LIGHT,
     "elementwise_triton": LIGHT | {"elementwise", "products_triton"},
     "products_triton": LIGHT,
-    "elementwise_cpu": LIGHT | {"elementwise", "onednn", "winograd"},
+    "elementwise_cpu": LIGHT | WINOGRAD | {"elementwise", "onednn"},
     "onednn": LIGHT,
-    "winograd": LIGHT,
+    "winograd": LIGHT | {"winograd_sizes"},
+    "winograd_sizes": set(),
     "images": FILES,
     "metadata": LIGHT,
     "tokenizer_files": FILES,
@@ -55,7 +57,7 @@ ALLOWED = {
     "models": CONFIGURED | {"attention", "elementwise", "onednn"},
     "schedulers": CONFIGURED | {"arguments", "random_streams"},
     "samplers": LIGHT | {"config", "schedulers"},
-    "devices": LIGHT,
+    "devices": LIGHT | {"winograd_sizes"},
     "checkpoints": CONFIGURED | PARTS,
     "pipelines": EVERYTHING,
     "cli": EVERYTHING | {"pipelines", "__init__"},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from russet import winograd
+from russet import winograd, winograd_sizes
 
 
 def made(*shape: int, seed: int = 0) -> Tensor:
@@ -23,10 +23,10 @@ def error(found: Tensor, exact: Tensor) -> float:
 def way(request, monkeypatch):
     """All at once; bands of rows, with all weights; all maps, with a few filters at a time."""
     if request.param == "in parts":
-        monkeypatch.setattr(winograd, "WHOLE", 0)
-        monkeypatch.setattr(winograd, "MAPS_AT_ONCE", 5000)
+        monkeypatch.setattr(winograd_sizes, "WHOLE", 0)
+        monkeypatch.setattr(winograd_sizes, "MAPS_AT_ONCE", 5000)
     elif request.param == "weights in parts":
-        monkeypatch.setattr(winograd, "WEIGHTS_AT_ONCE", 1000)
+        monkeypatch.setattr(winograd_sizes, "WEIGHTS_AT_ONCE", 1000)
 
 
 @pytest.mark.usefixtures("way")
@@ -71,9 +71,9 @@ def test_the_transforms_are_exact():
 
 
 def test_it_is_worth_it_for_many_channels_and_many_tiles():
-    assert winograd.pays(2, 320, 320, 64, 64)
-    assert winograd.pays(1, 128, 128, 512, 512)
-    assert winograd.pays(2, 1280, 1280, 16, 16)
-    assert not winograd.pays(2, 64, 64, 64, 64)
-    assert not winograd.pays(2, 320, 4, 64, 64)
-    assert not winograd.pays(2, 1280, 1280, 8, 8)
+    assert winograd_sizes.pays(2, 320, 320, 64, 64)
+    assert winograd_sizes.pays(1, 128, 128, 512, 512)
+    assert winograd_sizes.pays(2, 1280, 1280, 16, 16)
+    assert not winograd_sizes.pays(2, 64, 64, 64, 64)
+    assert not winograd_sizes.pays(2, 320, 4, 64, 64)
+    assert not winograd_sizes.pays(2, 1280, 1280, 8, 8)

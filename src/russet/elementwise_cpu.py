@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from russet import onednn, winograd
+from russet import onednn, winograd, winograd_sizes
 from russet.elementwise import Plain, hooked
 
 
@@ -42,7 +42,7 @@ class OnCPU(Plain):
             self.by_winograd
             and conv.kernel_size == (3, 3)
             and simple(x, conv, padding=1)
-            and winograd.pays(len(x), conv.in_channels, conv.out_channels, height, width)
+            and winograd_sizes.pays(len(x), conv.in_channels, conv.out_channels, height, width)
         )
 
 

@@ -34,6 +34,7 @@ def kept() -> Iterator[None]:
     with _lock:
         _users += 1
         if _users == 1:
+            libc.malloc_trim(0)  # what reading weights has left behind
             any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST)
             libc.mallopt(M_TRIM_THRESHOLD, FREE)
     try:

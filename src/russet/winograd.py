@@ -24,30 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 4  # results along a side of a tile
-REACH = 3  # weights along a side
-PATCH = TILE + REACH - 1  # pixels along a side that a tile is made from
-PLACES = PATCH * PATCH
+from russet import winograd_sizes
+from russet.winograd_sizes import PATCH, REACH, TILE
+
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2))  # and infinity
-WHOLE = 2**24  # numbers of transformed maps up to which all are made at once, and weights a part at a time
-MAPS_AT_ONCE = 2**22  # numbers of the maps' part at a time otherwise: 16 MiB, which a processor's last cache holds
-WEIGHTS_AT_ONCE = 2**24  # numbers of the weights' part at a time: transformed, they are four times as many
-WORTH = 0.4  # share of the multiplications up to which the rest of the work (copies, small products) is made up for
 
 Matrix = list[list[Fraction]]
-
-
-def pays(batch: int, inputs: int, outputs: int, height: int, width: int) -> bool:
-    """Whether a convolution of ``inputs`` to ``outputs`` channels with results [B, Cout, H, W] is faster in this way.
-
-    Few channels do not make up for bringing tiles to and fro, nor few tiles for bringing the weights.
-    """
-    tiles = batch * math.ceil(height / TILE) * math.ceil(width / TILE)
-    to_and_fro = tiles * PLACES * (PLACES * inputs + TILE * TILE * outputs)
-    weights = PLACES * REACH * REACH * inputs * outputs
-    products = tiles * PLACES * inputs * outputs
-    direct = batch * height * width * REACH * REACH * inputs * outputs
-    return products + to_and_fro + weights <= WORTH * direct
 
 
 def convolved(x: Tensor, weight: Tensor, shift: Tensor | None = None, *, doubled: bool = False) -> Tensor:
@@ -64,26 +46,32 @@ def convolved(x: Tensor, weight: Tensor, shift: Tensor | None = None, *, doubled
     """
     batch, inputs, high, wide = x.shape
     outputs, scale = weight.shape[0], 2 if doubled else 1
-    down, across = math.ceil(high * scale / TILE), math.ceil(wide * scale / TILE)  # tiles
+    sizes = batch, inputs, outputs, high * scale, wide * scale
+    (down, across), (rows, some) = winograd_sizes.tiles(*sizes[3:]), winograd_sizes.parts(*sizes)
     result = x.new_empty(batch, down * TILE, across * TILE, outputs)
     tiles = result.view(batch, down, TILE, across, TILE, outputs).transpose(2, 3)
-    row = PLACES * inputs * batch * across  # numbers of a transformed row of tiles
-    rows = down if row * down <= WHOLE else max(1, min(down, MAPS_AT_ONCE // row))
-    some = outputs if rows < down else max(1, WEIGHTS_AT_ONCE // (PLACES * inputs))
     filters = weight.permute(0, 2, 3, 1).reshape(outputs, REACH * REACH, inputs)
     maps = x.permute(0, 2, 3, 1)
     whole = transformed_maps(maps, 0, down, across, doubled) if rows == down else None
-    for part in spans(outputs, some):
+
+    def compute(part: slice) -> None:
         weights = times(matrix("weights"), filters[part]).permute(1, 2, 0)  # [P, Cin, some of Cout]
         for band in spans(down, rows):
             given = transformed_maps(maps, band.start, band.stop, across, doubled) if whole is None else whole
-            products = torch.bmm(given, weights).transpose(0, 1)  # [T, P, some of Cout]
-            made = times(matrix("results"), products).view(tiles[:, band, ..., part].shape)
-            if shift is None:
-                tiles[:, band, ..., part] = made
-            else:
-                torch.add(made, shift[:, None, None, None, None, part], out=tiles[:, band, ..., part])
+            place(given, weights, None if shift is None else shift[:, part], tiles[:, band, ..., part])
+
+    for part in spans(outputs, some):
+        compute(part)
     return result[:, : high * scale, : wide * scale].permute(0, 3, 1, 2)
+
+
+def place(given: Tensor, weights: Tensor, shift: Tensor | None, tiles: Tensor) -> None:
+    """Multiplies maps [P, T, Cin] and weights [P, Cin, C], and puts what results, plus ``shift``, into its tiles."""
+    made = times(matrix("results"), torch.bmm(given, weights).transpose(0, 1)).view(tiles.shape)
+    if shift is None:
+        tiles.copy_(made)
+    else:
+        torch.add(made, shift[:, None, None, None, None], out=tiles)
 
 
 def transformed_maps(maps: Tensor, start: int, end: int, across: int, doubled: bool) -> Tensor:

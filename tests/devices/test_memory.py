@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from russet import winograd_sizes
 from russet.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.checkpoints.fill import build
 from russet.devices import activations, parameters, prepared, published
@@ -17,6 +18,7 @@ from russet.devices.choices import AttentionChoice
 from russet.devices.facts import mac, parse_version
 from russet.devices.plan import Request, plan
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
+from russet.elementwise_cpu import OnCPU
 from russet.errors import ConfigError, InputError
 from russet.models import norms
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
@@ -187,6 +189,39 @@ def test_a_vae_with_composed_norms_peaks_as_predicted():
     measured = peak_of(lambda: vae.decode(z))
     how = Arithmetic(width=2, composed=True)
     assert decoder_peak(sizes, 1, (12, 12), how) == pytest.approx(measured, rel=WITHIN)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
+@pytest.mark.parametrize("parts", [False, True])
+def test_networks_on_a_cpu_peak_as_predicted(size, parts, monkeypatch):
+    if parts:
+        monkeypatch.setattr(winograd_sizes, "WHOLE", 2**20)
+        monkeypatch.setattr(winograd_sizes, "MAPS_AT_ONCE", 2**19)
+    config = {
+        "block_out_channels": [128, 256],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    }
+    unet = UNet2DConditionModel.from_config(config)
+    unet.set_elementwise(OnCPU(by_onednn=False))
+    x, text = torch.randn(2, 4, *size), torch.randn(2, 77, 32)
+    how = Arithmetic(winograd=True)
+    measured = peak_of(lambda: unet(x, 1.0, text))
+    assert unet_peak(UNetSizes.of(config), 2, size, how) == pytest.approx(measured, rel=WITHIN)
+    config = {
+        "block_out_channels": [128, 256],
+        "layers_per_block": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
+    vae = AutoencoderKL.from_config(config)
+    vae.set_elementwise(OnCPU(by_onednn=False))
+    z = torch.randn(1, 4, *size)
+    measured = peak_of(lambda: vae.decode(z))
+    assert decoder_peak(VAESizes.of(config), 1, size, how) == pytest.approx(measured, rel=WITHIN)
 
 
 @pytest.mark.parametrize("attention", sorted({"fused", "chunked"} & ATTENTIONS.keys()))

@@ -15,7 +15,7 @@ import torch
 
 import russet
 from russet import attention
-from russet.devices import published
+from russet.devices import ladder, published
 from russet.devices.facts import mac, read_facts
 from russet.devices.plan import Plan, Request, plan
 from russet.errors import DoesNotFit
@@ -68,6 +68,50 @@ def test_a_freed_text_encoder_leaves_the_others_in_place(own: Any, monkeypatch: 
         "text_encoder": torch.device("meta"),
         "unet": torch.device("cpu"),
     }
+
+
+def at(network: Any) -> str:
+    return str(next(network.parameters()).device)
+
+
+def test_a_large_text_encoder_that_nobody_looks_at_is_read_for_each_prompt(
+    own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = own("a horse", **FAST).images
+    assert at(own.known("text_encoder")) == "cpu", "a small one is not worth it"
+    monkeypatch.setattr(ladder, "LARGE_TEXT", 0)
+    for _ in range(2):
+        output = own("a horse", **FAST)
+        assert np.array_equal(before, output.images)
+        assert output.plan.text_encoder == "freed"
+        assert "nobody has looked" in output.plan.why("text_encoder").reason
+        assert at(own.known("text_encoder")) == "meta"
+    assert at(own.known("unet")) == "cpu"
+
+
+def test_a_text_encoder_that_somebody_has_looked_at_stays(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder, "LARGE_TEXT", 0)
+    before = own("a horse", **FAST).images
+    encoder = own.text_encoder
+    assert at(encoder) == "cpu"
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(0.5)
+    assert not np.array_equal(before, own("a horse", **FAST).images)
+    assert at(own.known("text_encoder")) == "cpu"
+
+
+def test_saving_a_pipeline_is_no_look_at_its_text_encoder(
+    own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "LARGE_TEXT", 0)
+    own("a horse", **FAST)
+    own.save_pretrained(tmp_path / "saved")
+    assert at(own.known("text_encoder")) == "meta"
+    assert own("a horse", **FAST).plan.text_encoder == "freed"
+    again = russet.DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    (saved, *_), (mine, *_) = again.text_encoder.parameters(), own.text_encoder.parameters()
+    assert torch.equal(saved, mine)
 
 
 def test_a_frugal_call_and_a_roomy_one_may_follow_each_other(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ Maps and tokens are counted in bytes; ``x`` is always what a block was given, wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
+from russet.winograd_sizes import pays, scratch
 
 FUSED = AttentionChoice()
 COMPOSED_AT_ONCE = 2**23  # numbers in a map; what is larger, a composed norm takes in steps that need less memory
@@ -75,7 +77,7 @@ class Arithmetic:
     width: bytes per number. composed: GroupNorm is composed of plain operations. reordered: GroupNorm takes a map apart
     by channels, as CUDA's does, and what follows puts it together again. gated: large gated layers gate what they make.
     summed: sums are parts of products, and what went into a step of a transformer's block is free after it. absorbed:
-    the text is multiplied into weights.
+    the text is multiplied into weights. winograd: 3×3 convolutions are computed in Winograd's way, where it pays.
     """
 
     width: int = 4
@@ -85,6 +87,7 @@ class Arithmetic:
     gated: bool = False
     summed: bool = False
     absorbed: bool = False
+    winograd: bool = False
 
 
 @dataclass
@@ -104,14 +107,23 @@ class Walk:
         """Bytes of a map or of tokens with ``area`` positions in each row."""
         return self.rows * area * channels * self.how.width
 
-    def resnet(self, x: int, out: int, held: bool = False) -> None:
+    def filtering(self, area: int, x: int, out: int) -> int | None:
+        """Bytes beside the map and the result of a 3×3 convolution in Winograd's way; None where it is not taken.
+
+        Areas are taken as squares, which is as near as the rest of a tile at the edge.
+        """
+        side, (inputs, outputs) = math.isqrt(area), (size // (self.rows * area * self.how.width) for size in (x, out))
+        sizes = self.rows, inputs, outputs, side, side
+        return scratch(*sizes) * self.how.width if self.how.winograd and pays(*sizes) else None
+
+    def resnet(self, area: int, x: int, out: int, held: bool = False) -> None:
         """norm and convolution, twice; activations and sums work in place. ``held``: its input is counted elsewhere."""
         beside = 0 if held else x
         again = 2 if self.how.reordered else 1
         self.norm(beside, x)
-        self.moment(beside, again * x, out)
+        self.moment(beside, again * x, out, self.filtering(area, x, out) or 0)
         self.norm(beside + out, out)
-        self.moment(beside, again * out, out)
+        self.moment(beside, again * out, out, self.filtering(area, out, out) or 0)
 
     def norm(self, beside: int, x: int) -> None:
         """Normalises ``x``, which is counted elsewhere. A composed norm holds two float32 maps, of a large map one."""
@@ -142,7 +154,9 @@ class Walk:
         self.moment(4 * t)
 
     def upsample(self, x: int, channels: int, area: int) -> None:
-        self.moment(x, 2 * self.map(area, channels))
+        out = self.map(area, channels)
+        filtering = self.filtering(area, out, out)
+        self.moment(x, *((2 * out,) if filtering is None else (out, filtering)))
 
 
 def gated_at_once(tokens: int, channels: int) -> bool:
@@ -164,12 +178,12 @@ def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], how: Arithmetic
     bottom = len(areas) - 1
     x = skips[-1]
     if u.middle is not None:
-        walk.resnet(x, x, held=True)  # the last of the maps
+        walk.resnet(areas[bottom], x, x, held=True)  # the last of the maps
         for depth in u.middle:
             walk.held += x
             if depth is not None:
                 walk.transformer(areas[bottom], u.channels[bottom], u.heads[bottom], depth)
-            walk.resnet(x, x)
+            walk.resnet(areas[bottom], x, x)
             walk.held -= x
         walk.held += x
     way_up(walk, u, areas, skips, x if u.middle is not None else 0)
@@ -183,7 +197,7 @@ def way_down(walk: Walk, u: UNetSizes, areas: list[int]) -> list[int]:
     for level, channels in enumerate(u.channels):
         out = walk.map(areas[level], channels)
         for depth in u.down[level]:
-            walk.resnet(skips[-1], out, held=True)
+            walk.resnet(areas[level], skips[-1], out, held=True)
             if depth is not None:
                 walk.transformer(areas[level], channels, u.heads[level], depth)
             walk.held += out
@@ -207,7 +221,7 @@ def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int)
             walk.moment(current, joined)
             walk.held -= skip
             walk.held += current
-            walk.resnet(joined, out)
+            walk.resnet(areas[level], joined, out)
             walk.held -= current
             if depth is not None:
                 walk.transformer(areas[level], channels, u.heads[level], depth)
@@ -232,11 +246,11 @@ def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     walk.held -= x
     for level in reversed(range(len(v.channels))):
         out = walk.map(area, v.channels[level])
-        walk.resnet(x, out)
-        walk.resnet(out, out)
+        walk.resnet(area, x, out)
+        walk.resnet(area, out, out)
         if level:
-            walk.moment(out, 8 * out)
             x, area = 4 * out, 4 * area
+            walk.upsample(out, v.channels[level], area)
     return walk.peak
 
 
@@ -250,9 +264,9 @@ def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     x = walk.map(area, v.channels[0])
     for level, channels in enumerate(v.channels):
         out = walk.map(area, channels)
-        walk.resnet(x, out)
+        walk.resnet(area, x, out)
         if v.layers > 1:
-            walk.resnet(out, out)
+            walk.resnet(area, out, out)
         if level < len(v.channels) - 1:
             walk.moment(2 * out, out // 4)  # padded by a row and a column first
             x, area = out // 4, area // 4
@@ -277,7 +291,7 @@ def middle(walk: Walk, v: VAESizes, area: int) -> None:
     call = Attended(batch=walk.rows, heads=1, queries=area, keys=area, dim=v.channels[-1])
     walk.moment(5 * x, call.scratch(walk.how.attention, walk.how.width))  # x; normed, q, k, v
     walk.moment(7 * x)  # … the result, and the same projected
-    walk.resnet(x, x)
+    walk.resnet(area, x, x)
 
 
 def tower_peak(t: TransformerSizes, rows: int, how: Arithmetic) -> int:

@@ -115,7 +115,8 @@ class Request:
     ``vae_tiling`` True is in tiles, False never; ``vae_slicing`` True is one image at a time. ``fast_paths``
     False is PyTorch's own operations and nothing else. ``offload`` is
     ``"model"``, ``"sequential"`` or ``"off"``. ``rereadable`` is no wish but a fact: whether the pipeline can drop
-    weights and read them from their checkpoint again, the one way to free memory that CPU and device share.
+    weights and read them from their checkpoint again, the one way to free memory that CPU and device share. So is
+    ``unnoticed``: that nobody but the pipeline has looked at the text encoder, who could miss it or have changed it.
 
     Raises:
         InputError: a value outside of what is listed here.
@@ -131,6 +132,7 @@ class Request:
     memory_format: str | None = None
     fast_paths: bool | None = None
     rereadable: bool = False
+    unnoticed: bool = False
     user: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:

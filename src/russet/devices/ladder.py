@@ -14,6 +14,7 @@ from russet.devices.decisions import Decision, Decisions, gigabytes, settled
 from russet.devices.facts import Facts
 from russet.devices.fast_paths import fast_paths
 from russet.devices.memory import Estimate, predict, resident
+from russet.devices.parameters import counts
 from russet.devices.rules import dtype_decisions, idle_weights, machine_decisions
 from russet.devices.sizes import Sizes
 
@@ -21,6 +22,7 @@ AT_ONCE = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet cal
 DECODED = {"mps": 1, "cuda": 4, "cpu": 1}  # the same of the VAE, whose maps are far larger
 SHARE = {"mps": 0.5, "cuda": 1.0, "cpu": 0.25}  # of the budget that more than one image at a time may fill
 UNIT = 512 * 512
+LARGE_TEXT = 2**25  # parameters of text encoders from which dropping them is worth reading them for every prompt
 
 
 class Rung(NamedTuple):
@@ -76,7 +78,8 @@ def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], lis
     Decoding one at a time comes first: it costs little, and is no longer the widest moment then.
     """
     parts = equal_parts(sizes.images, images_at_once(AT_ONCE, facts, sizes))
-    ladder = [Rung(parts[0], decoded(facts, sizes)), *map(Rung, parts)]
+    text = "freed" if text_is_spare(facts, sizes, request) else "device"
+    ladder = [Rung(parts[0], decoded(facts, sizes), text_encoder=text), *(Rung(n, text_encoder=text) for n in parts)]
     if max(sizes.latents) > TILE.size:
         ladder.append(Rung(1, vae_tile=TILE))
     last = ladder[-1]
@@ -85,6 +88,12 @@ def rungs(facts: Facts, sizes: Sizes, request: Request) -> tuple[list[Rung], lis
     elif request.rereadable:
         ladder += [last._replace(text_encoder="freed"), last._replace(offload="model")]
     return ladder, [rung._replace(vae_tile=SMALL_TILE) for rung in ladder if rung.micro_batch == 1]
+
+
+def text_is_spare(facts: Facts, sizes: Sizes, request: Request) -> bool:
+    """Whether the text encoder is better read again for every prompt: on a CPU that is little beside the picture."""
+    free = request.rereadable and request.unnoticed
+    return facts.device == "cpu" and free and counts(sizes)["text_encoder"] >= LARGE_TEXT
 
 
 def images_at_once(usual: Mapping[str, int], facts: Facts, sizes: Sizes) -> int:
@@ -122,7 +131,7 @@ def decide(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str
             settled(user, "micro_batch", rung.micro_batch, "as many as fit" if rung.micro_batch > 1 else one),
             pick("vae_batch", rung.vae_batch, decoded(facts, sizes), "decoding is the widest moment"),
             pick("vae_tile", rung.vae_tile, start.vae_tile, "a picture of this size fits as a whole"),
-            pick("text_encoder", rung.text_encoder, start.text_encoder, "there is room for it"),
+            text_encoder(facts, sizes, request, rung, reason),
             pick("offload", rung.offload, start.offload, "there is room for everything"),
             idle_weights(facts, request),
             *machine_decisions(facts, request),
@@ -130,6 +139,14 @@ def decide(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str
     )
     found = found.and_also(fast_paths(facts, sizes, request, found))
     return found.and_also(attention_decisions(facts, sizes, request, found))
+
+
+def text_encoder(facts: Facts, sizes: Sizes, request: Request, rung: Rung, reason: str) -> Decision:
+    if rung.text_encoder == "device":
+        reason = "there is room for it"
+    elif text_is_spare(facts, sizes, request):
+        reason = "nobody has looked at it, and to read it again takes a moment beside drawing on a CPU"
+    return settled(request.user, "text_encoder", rung.text_encoder, reason)
 
 
 def attention_decisions(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -> list[Decision]:

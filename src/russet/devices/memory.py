@@ -81,6 +81,7 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
             attention=attention,
             composed=found["group_norm"] == "composed",
             reordered=reordered(found),
+            winograd=found["convolutions"] == "winograd" and found.dtype(component) == "float32",
             gated=found["gated_products"],
             summed=found["residual_sums"] != "apart",
             absorbed=found["text_keys"] == "absorbed",

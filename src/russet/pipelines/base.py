@@ -85,6 +85,7 @@ class DiffusionPipeline(SingleFiles, Switches):
         self._dtype: torch.dtype | None = None  # what the user asked for; None: the plan decides
         self._as_given: frozenset[str] = frozenset(self.parts)  # whose precision the plan leaves alone
         self._drafts: Mapping[Any, Draft] = {}  # network → what reads its weights
+        self._noticed: set[str] = set()  # components that somebody else has looked at
         self._waiting = False  # whether networks are still to be put in place, and their weights to be read
         self._placing = False
         self.graphs = Graphs()
@@ -199,7 +200,7 @@ class DiffusionPipeline(SingleFiles, Switches):
             save.pipeline(
                 save_directory,
                 type(self).__name__,
-                self.components,
+                self._components(),
                 index,
                 variant=variant,
                 safe_serialization=safe_serialization,
@@ -210,7 +211,7 @@ class DiffusionPipeline(SingleFiles, Switches):
     def whole(self) -> Iterator[None]:
         """Has the weights of all networks in memory for as long as the block lasts, those that rest on disk too."""
         with contextlib.ExitStack() as stack:
-            for network in self.networks.values():
+            for network in self._present().values():
                 stack.enter_context(placement.whole(network, self._drafts.get(network)))
             yield
 
@@ -224,6 +225,10 @@ class DiffusionPipeline(SingleFiles, Switches):
         """The components that hold weights."""
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
 
+    def _components(self) -> dict[str, Any]:
+        """The same as ``components``, for the pipeline itself."""
+        return {name: self.known(name) for name in self.parts}
+
     def known(self, name: str) -> Any:
         """A component for what its config says, its weights read or not; None where it was left out."""
         return vars(self).get(name)
@@ -231,6 +236,11 @@ class DiffusionPipeline(SingleFiles, Switches):
     def _networks(self) -> dict[str, nn.Module]:
         """The same as ``networks``, their weights read or not."""
         return {name: part for name in self.parts if isinstance(part := self.known(name), nn.Module)}
+
+    def _present(self) -> dict[str, nn.Module]:
+        """The same as ``networks``, their weights read but for those that the plan has dropped."""
+        self.read_weights()
+        return self._networks()
 
     def __repr__(self) -> str:
         known = ((name, self.known(name)) for name in self.parts)
@@ -333,7 +343,10 @@ class DiffusionPipeline(SingleFiles, Switches):
             if dtype is not None:
                 wanted[name] = placement.dtype_name(dtype)
         return dataclasses.replace(
-            self._choices, dtype=wanted, rereadable=self._drafts.keys() >= set(networks.values())
+            self._choices,
+            dtype=wanted,
+            rereadable=self._drafts.keys() >= set(networks.values()),
+            unnoticed="text_encoder" not in self._noticed,
         )
 
     def _place(self) -> None:
@@ -370,22 +383,34 @@ class DiffusionPipeline(SingleFiles, Switches):
                         placement.fetch(network, draft)
                 self._waiting = False
 
+    def looked_at(self, name: str) -> None:
+        """Somebody looks at a network: it is there, and stays, unless memory is too short for that."""
+        self._noticed.add(name)
+        self.read_weights()
+        if name != "text_encoder" or not placement.is_empty(self.known(name)):
+            return
+        with _PLACING, contextlib.suppress(DoesNotFit):
+            draft = self._drafts.get(self.known(name))
+            if draft is not None and placement.home(name, self.plan(), self._device) != placement.META:
+                placement.fetch(self.known(name), draft)
+
     def _replace(self, plan: Plan) -> None:
         """Moves those networks that the plan of a call wants elsewhere than the call before left them.
 
         Those that have to go leave before others arrive: there may not be room for all of them.
         """
-        homes = {name: placement.home(name, plan, self._device) for name in self.networks}
-        moving = [name for name, network in self.networks.items() if not placement.is_at(network, homes[name])]
+        networks = self._present()
+        homes = {name: placement.home(name, plan, self._device) for name in networks}
+        moving = [name for name, network in networks.items() if not placement.is_at(network, homes[name])]
         if moving:
             self.graphs.clear()
         for name in sorted(moving, key=lambda name: homes[name] == self._device):
-            network = self.networks[name]
+            network = networks[name]
             placement.settle(name, network, plan, homes[name], self._drafts.get(network))
 
     def at_work(self, component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
         """Has a network ready to work while the block lasts: ``with pipe.at_work("unet", plan): …``."""
-        network = self.networks[component]
+        network = self._present()[component]
         return placement.at_work(component, network, plan, self._device, self._drafts.get(network))
 
 

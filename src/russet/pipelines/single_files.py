@@ -27,8 +27,7 @@ class SingleFiles:
         parts: ClassVar[Mapping[str, Part]]
         assemble: ClassVar[Callable[..., Any]]
 
-        @property
-        def components(self) -> dict[str, Any]: ...
+        def _components(self) -> dict[str, Any]: ...
 
         def whole(self) -> contextlib.AbstractContextManager[None]: ...
 
@@ -114,4 +113,4 @@ class SingleFiles:
             CheckpointError: the file cannot be written; one that stood there before is intact.
         """
         with self.whole():
-            save_single_file(self.components, path)
+            save_single_file(self._components(), path)

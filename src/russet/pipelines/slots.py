@@ -10,7 +10,8 @@ from torch import nn
 class Slot:
     """A component as an attribute. To look at a network has the pipeline read what waits, so that nobody sees it empty.
 
-    The pipeline itself goes around this (``pipe.known("unet")``) where it only wants to know a component's config.
+    The pipeline itself goes around this (``pipe.known("unet")``): a network that nobody else has looked at may be
+    dropped and read again, unnoticed.
     """
 
     def __init__(self, name: str) -> None:
@@ -22,7 +23,7 @@ class Slot:
         if self.name not in vars(pipe):
             raise AttributeError(f"this {type(pipe).__name__} has no {self.name} any more")
         if isinstance(vars(pipe)[self.name], nn.Module):
-            pipe.read_weights()
+            pipe.looked_at(self.name)
         return vars(pipe)[self.name]
 
     def __set__(self, pipe: Any, value: Any) -> None:

@@ -188,7 +188,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
         )
         self._replace(plan)
-        placement.carry_out(plan, self.networks)
+        placement.carry_out(plan, self._present())
         notes = size_notes(request, plan)
         clock = Clock()
         with clock.phase("text"):
@@ -229,11 +229,12 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if not texts:
             return ()
         assert self.tokenizer is not None
-        assert self.text_encoder is not None
+        encoder = self.known("text_encoder")
+        assert encoder is not None
         different = list(dict.fromkeys(texts))
         graphs = self.graphs if plan["graphs"] and plan.text_encoder == "device" else None
         with self.at_work("text_encoder", plan):
-            encoded = prompts.encode(self.tokenizer, self.text_encoder, different, clip_skip, graphs)
+            encoded = prompts.encode(self.tokenizer, encoder, different, clip_skip, graphs)
         return tuple(encoded[different.index(text)] for text in texts)
 
     def guided(self, request: TextToImage) -> bool:
