@@ -40,6 +40,11 @@ def test_a_block_is_kept_for_the_next_operation() -> None:
     assert within < without / 20
 
 
+def test_a_block_is_given_back_at_once_where_memory_is_what_counts() -> None:
+    (within,) = ran("with heap.returned():\n    faults(24)\n    print(faults())")
+    assert within > 8 * 48 * 2**20 / 2**16  # were pages 64 KiB
+
+
 def test_everything_is_given_back_at_the_end() -> None:
     before, within, after = ran(
         """

@@ -14,8 +14,8 @@ from russet.elementwise import Plain, hooked
 class OnCPU(Plain):
     """PyTorch's own operations but for two kinds of convolution in float32, where no gradient is wanted.
 
-    by_winograd: those of 3×3, where it is worth it, by ``russet.winograd``. by_onednn: those of 1×1 as products by
-    oneDNN.
+    by_winograd: those of 3×3, where it is worth it, by ``russet.winograd``. by_onednn: those of 1×1 as products
+    by oneDNN.
     """
 
     by_winograd: bool = True

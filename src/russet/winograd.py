@@ -22,10 +22,9 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from russet import winograd_sizes
-from russet.winograd_sizes import PATCH, REACH, TILE
+from russet.winograd_sizes import PATCH, PLACES, REACH, TILE
 
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2))  # and infinity
 
@@ -52,43 +51,58 @@ def convolved(x: Tensor, weight: Tensor, shift: Tensor | None = None, *, doubled
     tiles = result.view(batch, down, TILE, across, TILE, outputs).transpose(2, 3)
     filters = weight.permute(0, 2, 3, 1).reshape(outputs, REACH * REACH, inputs)
     maps = x.permute(0, 2, 3, 1)
-    whole = transformed_maps(maps, 0, down, across, doubled) if rows == down else None
-
-    def compute(part: slice) -> None:
-        weights = times(matrix("weights"), filters[part]).permute(1, 2, 0)  # [P, Cin, some of Cout]
-        for band in spans(down, rows):
-            given = transformed_maps(maps, band.start, band.stop, across, doubled) if whole is None else whole
-            place(given, weights, None if shift is None else shift[:, part], tiles[:, band, ..., part])
-
+    plan = winograd_sizes.room(*sizes, doubled=doubled)
+    room = x.new_empty(plan.size)  # for all parts: one piece of memory, and the same for each band, which stays cached
+    given = None
     for part in spans(outputs, some):
-        compute(part)
+        count = part.stop - part.start
+        if plan.whole and given is None:
+            given = transform_maps(maps, slice(0, down), across, doubled, room, room[plan.before :])
+        weights = times("weights", filters[part], room[plan.given :]).permute(1, 2, 0)  # [P, Cin, some of Cout]
+        for band in spans(down, rows):
+            if not plan.whole:
+                given = transform_maps(maps, band, across, doubled, room, room[plan.before :])
+            assert given is not None
+            products = taken(room[plan.given + plan.weights :], PLACES, len(given), count)
+            torch.bmm(given.transpose(0, 1), weights, out=products)
+            made = times("results", products.transpose(0, 1), room[plan.size - plan.made :])
+            place(made, None if shift is None else shift[:, part], tiles[:, band, ..., part])
     return result[:, : high * scale, : wide * scale].permute(0, 3, 1, 2)
 
 
-def place(given: Tensor, weights: Tensor, shift: Tensor | None, tiles: Tensor) -> None:
-    """Multiplies maps [P, T, Cin] and weights [P, Cin, C], and puts what results, plus ``shift``, into its tiles."""
-    made = times(matrix("results"), torch.bmm(given, weights).transpose(0, 1)).view(tiles.shape)
-    if shift is None:
-        tiles.copy_(made)
-    else:
-        torch.add(made, shift[:, None, None, None, None], out=tiles)
-
-
-def transformed_maps(maps: Tensor, start: int, end: int, across: int, doubled: bool) -> Tensor:
-    """The tiles of some rows of tiles of maps [B, H, W, C], as values at points: [P, T, C]."""
-    high, wide, channels = maps.shape[1:]
-    step, size = (TILE // 2, PATCH // 2 + 1) if doubled else (TILE, PATCH)
-    first, last = start * step - 1, (end - 1) * step - 1 + size  # rows of pixels; the outermost are zeros
-    right = (across - 1) * step + size - 1 - wide
-    framed = F.pad(maps[:, max(0, first) : min(high, last)], (0, 0, 1, right, max(0, -first), max(0, last - high)))
+def transform_maps(maps: Tensor, band: slice, across: int, doubled: bool, room: Tensor, beside: Tensor) -> Tensor:
+    """Some rows of tiles of maps [B, H, W, C], as values at points [T, P, C] in ``room``; ``beside`` is overwritten."""
+    batch, high, wide, channels = maps.shape
+    step, size = winograd_sizes.steps(doubled)
+    first, last = band.start * step - 1, (band.stop - 1) * step - 1 + size  # rows of pixels; the outermost are zeros
+    framed = taken(beside, batch, last - first, (across - 1) * step + size, channels)
+    top, bottom, right = max(0, first), min(high, last), min(wide, framed.shape[2] - 1)
+    framed.zero_()
+    framed[:, top - first : bottom - first, 1 : right + 1] = maps[:, top:bottom, :right]
     patches = framed.unfold(1, size, step).unfold(2, size, step).permute(0, 1, 2, 4, 5, 3)
-    patches = patches.reshape(-1, size * size, channels)
-    return times(matrix("doubled maps" if doubled else "maps"), patches).transpose(0, 1)
+    cut = taken(beside[framed.numel() :], *patches.shape).copy_(patches)
+    return times("doubled maps" if doubled else "maps", cut.view(-1, size * size, channels), room)
 
 
-def times(matrix: Tensor, stack: Tensor) -> Tensor:
-    """The product [T, M, C] of one matrix [M, N] with each of many [T, N, C]."""
-    return torch.bmm(matrix.expand(len(stack), -1, -1), stack)
+def place(made: Tensor, shift: Tensor | None, tiles: Tensor) -> None:
+    """Puts results [T, 16, C] plus ``shift`` [1 or B, C] into their tiles of the whole."""
+    if shift is None:
+        tiles.copy_(made.view(tiles.shape))
+    else:
+        torch.add(made.view(tiles.shape), shift[:, None, None, None, None], out=tiles)
+
+
+def times(name: str, stack: Tensor, room: Tensor) -> Tensor:
+    """The product [T, M, C] of one matrix [M, N] with each of many [T, N, C], in the memory of ``room``."""
+    factor = matrix(name)
+    out = taken(room, len(stack), len(factor), stack.shape[-1])
+    torch.bmm(factor.expand(len(stack), -1, -1), stack, out=out)
+    return out
+
+
+def taken(room: Tensor, *shape: int) -> Tensor:
+    """A tensor of that shape in the beginning of ``room``."""
+    return room[: math.prod(shape)].view(shape)
 
 
 def spans(count: int, step: int) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 TILE = 4  # results along a side of a tile
 REACH = 3  # weights along a side
@@ -41,13 +42,49 @@ def parts(batch: int, inputs: int, outputs: int, height: int, width: int) -> tup
     return max(1, min(down, MAPS_AT_ONCE // row)), outputs
 
 
-def scratch(batch: int, inputs: int, outputs: int, height: int, width: int) -> int:
-    """Numbers at the widest moment, beside the map and the results."""
+@dataclass(frozen=True)
+class Room:
+    """Numbers that the parts of one convolution take, those of one band of rows at a time.
+
+    ``framed`` maps are cut into ``patches``, which become ``given``; these times ``weights`` are ``products``, which
+    become ``made`` results.
+    """
+
+    framed: int
+    patches: int
+    given: int
+    weights: int
+    products: int
+    made: int
+    whole: bool  # all rows are one band, so that maps are done with before weights are begun with
+
+    @property
+    def before(self) -> int:
+        """Where maps and patches begin: in place of the weights or after them."""
+        return self.given if self.whole else self.given + self.weights
+
+    @property
+    def size(self) -> int:
+        after = self.given + self.weights + self.products + self.made
+        return max(self.before + self.framed + self.patches, after)
+
+
+def room(batch: int, inputs: int, outputs: int, height: int, width: int, *, doubled: bool = False) -> Room:
+    """What a convolution takes beside its map and its results."""
     down, across = tiles(height, width)
     rows, some = parts(batch, inputs, outputs, height, width)
-    count = batch * rows * across
-    framed = batch * inputs * (rows * TILE + 2) * (across * TILE + 2)
-    given, weights = PLACES * inputs * count, PLACES * inputs * some
-    products = (PLACES + TILE * TILE) * some * count
-    arriving = framed + PLACES * inputs * count if rows < down else 0
-    return max(framed + 2 * given, weights + given + max(products, arriving))
+    count, (step, size) = batch * rows * across, steps(doubled)
+    return Room(
+        framed=batch * inputs * ((rows - 1) * step + size) * ((across - 1) * step + size),
+        patches=size * size * inputs * count,
+        given=PLACES * inputs * count,
+        weights=PLACES * inputs * some,
+        products=PLACES * some * count,
+        made=TILE * TILE * some * count,
+        whole=rows == down,
+    )
+
+
+def steps(doubled: bool) -> tuple[int, int]:
+    """Pixels from one tile's patch to the next, and along a side of a patch, in a map that is to be doubled or not."""
+    return (TILE // 2, PATCH // 2 + 1) if doubled else (TILE, PATCH)

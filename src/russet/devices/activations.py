@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
-from russet.winograd_sizes import pays, scratch
+from russet.winograd_sizes import pays, room
 
 FUSED = AttentionChoice()
 COMPOSED_AT_ONCE = 2**23  # numbers in a map; what is larger, a composed norm takes in steps that need less memory
@@ -107,14 +107,15 @@ class Walk:
         """Bytes of a map or of tokens with ``area`` positions in each row."""
         return self.rows * area * channels * self.how.width
 
-    def filtering(self, area: int, x: int, out: int) -> int | None:
+    def filtering(self, area: int, x: int, out: int, doubled: bool = False) -> int | None:
         """Bytes beside the map and the result of a 3×3 convolution in Winograd's way; None where it is not taken.
 
         Areas are taken as squares, which is as near as the rest of a tile at the edge.
         """
         side, (inputs, outputs) = math.isqrt(area), (size // (self.rows * area * self.how.width) for size in (x, out))
         sizes = self.rows, inputs, outputs, side, side
-        return scratch(*sizes) * self.how.width if self.how.winograd and pays(*sizes) else None
+        taken = self.how.winograd and pays(*sizes)
+        return room(*sizes, doubled=doubled).size * self.how.width if taken else None
 
     def resnet(self, area: int, x: int, out: int, held: bool = False) -> None:
         """norm and convolution, twice; activations and sums work in place. ``held``: its input is counted elsewhere."""
@@ -155,7 +156,7 @@ class Walk:
 
     def upsample(self, x: int, channels: int, area: int) -> None:
         out = self.map(area, channels)
-        filtering = self.filtering(area, out, out)
+        filtering = self.filtering(area, out, out, doubled=True)
         self.moment(x, *((2 * out,) if filtering is None else (out, filtering)))
 
 

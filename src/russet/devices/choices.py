@@ -31,8 +31,8 @@ MEANING: Mapping[str, str] = {
     "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
     "linear_inputs": "'as given', or 'flat': tokens enter linear layers, in every network, as one long row of them",
     "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
-    "freed_memory": "'returned' to the system as the C library sees fit; or 'kept' for the next operation while UNet"
-    " and VAE work, and returned afterwards",
+    "freed_memory": "'returned' to the system as the C library sees fit; or 'kept' for the next operation while the"
+    " UNet works, and returned afterwards; the VAE's, whose maps are larger, at once",
     "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
     "residual_sums": "'apart'; 'in products': the UNet's sums with a product are part of it (see russet.models.sums);"
     " 'in products, with copies': also those that need copies of weights",

@@ -218,9 +218,9 @@ def at_work(
 
 
 def blocks_kept(component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
-    """Has the C library keep freed memory for the next operation, where the plan wants it, while the block lasts."""
-    wanted = plan["freed_memory"] == "kept" and component in ("unet", "vae")
-    return heap.kept() if wanted else contextlib.nullcontext()
+    """Has the C library do with freed memory what the plan wants, while the block lasts."""
+    rules = {"unet": heap.kept, "vae": heap.returned} if plan["freed_memory"] == "kept" else {}
+    return rules.get(component, contextlib.nullcontext)()
 
 
 @contextlib.contextmanager
