@@ -9,7 +9,7 @@ from torch import nn
 from russet import onednn
 from russet.devices.facts import read_facts
 from russet.elementwise import PLAIN
-from russet.elementwise_cpu import OnCPU
+from russet.elementwise_cpu import OnCPU, few
 from russet.models.linears import OneDNNLinear, OneDNNPointwise, set_linears
 from russet.models.transformer import Pointwise
 from russet.models.unet import UNet2DConditionModel
@@ -36,6 +36,23 @@ def test_convolutions_are_those_of_pytorch(steps, bias, rows, size):
         assert rest is None
         found, rest = steps.convolved(x, conv, shift, whole=rows == "whole")
         assert rest is None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [None, 1, "all", "whole"])
+def test_convolutions_of_few_places_are_those_of_pytorch(bias, rows):
+    x, conv = made(2, 128, 7, 5), nn.Conv2d(128, 160, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
+    assert few(x, conv)
+    assert not few(made(2, 128, 16, 16), conv)
+    assert not few(made(2, 128, 7, 5), nn.Conv2d(128, 4, 3, padding=1))
+    shift = None if rows is None else made(1 if rows == 1 else 2, 160, seed=1)
+    expected, _ = PLAIN.convolved(x, conv, shift, whole=rows == "whole")
+    found, rest = OnCPU().convolved(x, conv, shift, whole=rows == "whole")
+    assert rest is None
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
