@@ -191,6 +191,7 @@ def test_a_vae_with_composed_norms_peaks_as_predicted():
     assert decoder_peak(sizes, 1, (12, 12), how) == pytest.approx(measured, rel=WITHIN)
 
 
+@pytest.mark.skipif(not HAS_SDPA, reason="without fused attention the scores are the peak, which hide the maps")
 @pytest.mark.parametrize("size", [(32, 32), (48, 40)])
 @pytest.mark.parametrize("parts", [False, True])
 def test_networks_on_a_cpu_peak_as_predicted(size, parts, monkeypatch):

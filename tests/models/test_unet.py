@@ -403,6 +403,17 @@ def test_a_text_that_was_read_gives_the_same_answer(name, attention, randn):
     more = conditions(VARIANTS[name], 2, randn)
     expected = unet(x, 500.0, text, **more).sample
     torch.testing.assert_close(unet(x, 500.0, unet.read(text), **more).sample, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 joins no weights")
+@pytest.mark.parametrize("name", ["SD 1", "XL", "upscaler", "scale and shift"])
+@pytest.mark.parametrize("attention", [fused, padded(fused, (8, 64))], ids=["fused", "padded"])
+def test_a_text_that_was_read_by_one_product_gives_the_same_answer(name, attention, randn):
+    unet = UNet2DConditionModel(VARIANTS[name]).requires_grad_(False)
+    unet.set_attention(attention)
+    x, text = randn(2, unet.config.in_channels, 8, 8, seed=1), randn(2, 7, 12, seed=2)
+    more = conditions(VARIANTS[name], 2, randn)
+    expected = unet(x, 500.0, text, **more).sample
     unet.lay_together()
     joined = unet.read(text, together=True)
     assert len(joined.tensors()) == 2  # the text, and one product for all layers
