@@ -12,7 +12,7 @@ WORDS: dict[str, dict[str, str]] = {
         "rates": "The machine itself reaches {flops:.3g} TFLOP/s in a matrix product and {bytes:.3g} TB/s in a copy "
         "(bytes read and written).",
         "floor": "One picture of {steps} steps is {tera:.3g} TFLOP, which at that rate takes {seconds:.3g} s: no way "
-        "of computing all of it is faster.",
+        "of computing all of its products is faster.",
         "not run": "Not run",
         "contestant": "",
         "at once": "**{batch} in a call**, seconds a picture:",
@@ -54,7 +54,7 @@ WORDS: dict[str, dict[str, str]] = {
         "threads": "스레드",
         "rates": "이 기계 자체의 속도는 행렬 곱 {flops:.3g} TFLOP/s, 복사 {bytes:.3g} TB/s(읽고 쓴 바이트)입니다.",
         "floor": "{steps}스텝 그림 한 장은 {tera:.3g} TFLOP이고, 이 속도로 {seconds:.3g}초가 걸립니다. "
-        "모두 계산하는 한 이보다 빠를 수 없습니다.",
+        "그 곱을 모두 계산하는 한 이보다 빠를 수 없습니다.",
         "not run": "실행하지 않음",
         "contestant": "",
         "at once": "**한 번에 {batch}장**, 한 장당 초:",
