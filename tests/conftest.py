@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from . import absent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the Hub bring a server of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for one another
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # which programs that tests start read
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read it when it was imported
 
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is first imported
@@ -107,7 +109,6 @@ PROCESSOR = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width":
 def tiny_reference() -> Any:
     """The tiny pipeline of Diffusers; random weights with a fixed seed, and mini's tokenizer."""
     import diffusers
-    import torch
     import transformers
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
@@ -130,8 +131,6 @@ def tiny_reference() -> Any:
 
 def tiny_own() -> Any:
     """The same pipeline made by Russet, for where there is no Diffusers."""
-    import torch
-
     import russet
     from russet.image_processor import CLIPImageProcessor
     from russet.models.safety_checker import StableDiffusionSafetyChecker
@@ -151,8 +150,6 @@ def tiny_own() -> Any:
 
 def harmless(checker: Any) -> Any:
     """A safety checker with random concepts that flags nothing: its thresholds are more than a cosine."""
-    import torch
-
     torch.nn.init.normal_(checker.concept_embeds)
     torch.nn.init.normal_(checker.special_care_embeds)
     torch.nn.init.constant_(checker.concept_embeds_weights, 2.0)
