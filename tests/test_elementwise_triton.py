@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from russet.devices.activations import gated_at_once
 from russet.elementwise import PLAIN
 from russet.models.activations import gelu, silu
+from russet.product_sizes import gating_pays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
@@ -121,7 +121,7 @@ def test_the_plan_knows_which_products_gate_what_they_make():
     for channels in (32, 96, 320, 640, 1280):
         for tokens in (128, 512, 2048, 8192):
             proj, x = nn.Linear(channels, 8 * channels, device="meta"), torch.empty(2, tokens, channels, device="meta")
-            assert products_triton.takes(x.half(), proj) == gated_at_once(2 * tokens, channels)
+            assert products_triton.takes(x.half(), proj) == gating_pays(2 * tokens, channels, 4 * channels)
             assert not products_triton.takes(x, proj)
 
 

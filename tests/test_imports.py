@@ -19,7 +19,8 @@ FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
 WINOGRAD = {"winograd", "winograd_sizes"}
-STEPS = {"elementwise", "elementwise_triton", "products_triton", "elementwise_cpu", "onednn"} | WINOGRAD
+PRODUCTS = {"products_triton", "product_sizes"}
+STEPS = {"elementwise", "elementwise_triton", "elementwise_cpu", "onednn"} | WINOGRAD | PRODUCTS
 OTHERS = {
     "arguments",
     "attention",
@@ -44,7 +45,8 @@ ALLOWED = {
     "heap": set(),
     "elementwise": LIGHT,
     "elementwise_triton": LIGHT | {"elementwise", "products_triton"},
-    "products_triton": LIGHT,
+    "products_triton": LIGHT | {"product_sizes"},
+    "product_sizes": set(),
     "elementwise_cpu": LIGHT | WINOGRAD | {"elementwise", "onednn"},
     "onednn": LIGHT,
     "winograd": LIGHT | {"winograd_sizes"},
@@ -54,10 +56,10 @@ ALLOWED = {
     "tokenizer_files": FILES,
     "tokenizer": CONFIGURED | {"tokenizer_files"},
     "image_processor": CONFIGURED,
-    "models": CONFIGURED | {"attention", "elementwise", "onednn"},
+    "models": CONFIGURED | {"attention", "elementwise", "onednn", "product_sizes"},
     "schedulers": CONFIGURED | {"arguments", "random_streams"},
     "samplers": LIGHT | {"config", "schedulers"},
-    "devices": LIGHT | {"winograd_sizes"},
+    "devices": LIGHT | {"winograd_sizes", "product_sizes"},
     "checkpoints": CONFIGURED | PARTS,
     "pipelines": EVERYTHING,
     "cli": EVERYTHING | {"pipelines", "__init__"},

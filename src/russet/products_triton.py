@@ -16,24 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from russet.product_sizes import DEPTH, TILE, gating_pays
+
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # before Triton 3.3
     TensorDescriptor = None
 
-TILE, DEPTH = 128, 64
-"""Tokens and features of a tile of the result, and the features that are multiplied at a time."""
-
-TILES = 300
-"""Tiles from which on the kernel is the quicker way: more than twice what a GPU works on at once."""
-
 
 def takes(x: Tensor, proj: nn.Linear) -> bool:
     """Whether the kernel is made for such a product, and quicker."""
     inputs, outputs = proj.in_features, proj.out_features // 2
-    tokens = x.numel() // inputs
     able = TensorDescriptor is not None and x.dtype in (torch.float16, torch.bfloat16) and proj.bias is not None
-    return able and inputs % DEPTH == 0 and outputs % TILE == 0 and triton.cdiv(tokens, TILE) * outputs // TILE >= TILES
+    return able and gating_pays(x.numel() // inputs, inputs, outputs)
 
 
 def gated_product(x: Tensor, proj: nn.Linear) -> Tensor:

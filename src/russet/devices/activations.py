@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
+from russet.product_sizes import gating_pays
 from russet.winograd_sizes import pays, room
 
 FUSED = AttentionChoice()
@@ -149,7 +150,7 @@ class Walk:
             else:
                 self.moment(before, 2 * t, text.scratch(self.how.attention, self.how.width))  # normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
-            gate = 0 if self.how.gated and gated_at_once(self.rows * area, channels) else 8 * t
+            gate = 0 if self.how.gated and gating_pays(self.rows * area, channels, 4 * channels) else 8 * t
             normed = 0 if self.how.summed and depth == 1 else t  # what another block follows has its own bias
             self.moment(before, normed, gate, 4 * t)  # the gated layer and its gate
         self.moment(4 * t)
@@ -158,16 +159,6 @@ class Walk:
         out = self.map(area, channels)
         filtering = self.filtering(area, out, out, doubled=True)
         self.moment(x, *((2 * out,) if filtering is None else (out, filtering)))
-
-
-def gated_at_once(tokens: int, channels: int) -> bool:
-    """Whether ``russet.products_triton`` has the gated layer of so many tokens: whole tiles of weights, enough of all.
-
-    The same rule as there, which a test holds.
-    """
-    tile, depth, tiles = 128, 64, 300
-    inner = 4 * channels
-    return channels % depth == 0 and inner % tile == 0 and -(-tokens // tile) * inner // tile >= tiles
 
 
 def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:

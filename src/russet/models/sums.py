@@ -24,10 +24,7 @@ from torch.nn import functional as F
 from russet.attention import Attention, room, widened
 from russet.elementwise import hooked, linear
 from russet.models.together import Together
-
-ONES = 8  # columns beside the tokens, the first of them ones: so many numbers keep rows at multiples of 16 bytes
-REPEATED = 5 * 2**20  # bytes up to which a shortcut's weights for all rows are worth an operation a call
-PADDED = 2**20  # bytes of a layer's joined weights up to which a padded copy of them is worth an operation a call
+from russet.product_sizes import ONES, PADDED, REPEATED
 
 
 class Summing:

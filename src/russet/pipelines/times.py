@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from russet.devices.prepared import TOLD as AT_ONCE
 from russet.models.resnet import Time
 from russet.models.unet import UNet2DConditionModel
-
-AT_ONCE = 50  # of Stable Diffusion 1.5's they take 2 MB in half precision
 
 
 class Times:
