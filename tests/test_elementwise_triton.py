@@ -135,6 +135,21 @@ def test_a_gated_product_is_that_of_pytorch(tokens):
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
 
 
+def test_the_gate_of_a_product_is_a_gelu_far_out_too():
+    proj = nn.Linear(128, 256).to(DEVICE)
+    proj.weight.copy_(torch.cat([torch.zeros(128, 128), torch.eye(128)]))
+    proj.bias.copy_(torch.cat([torch.ones(128), torch.zeros(128)]))
+    x = (
+        torch.cat([torch.linspace(-6, 6, 127 * 128), torch.linspace(-5e4, 5e4, 128)])
+        .view(1, 128, 128)
+        .to(DEVICE)
+        .half()
+    )
+    found = products_triton.gated_product(x, proj.half()).double()
+    expected = nn.functional.gelu(x.double())
+    assert ((found - expected).abs() <= 6e-5 + 2.0**-11 * expected.abs()).all()  # and one rounding
+
+
 def test_half_precision_is_computed_in_single(way):
     x, norm = made(2, 32, 8, 20).half(), norm_of(nn.GroupNorm, 8, 32)
     expected = PLAIN.normed(x.float(), norm, silu)
