@@ -1,8 +1,9 @@
 """The benchmarks: runs a list of cases, and turns what was measured into tables and plots.
 
     python benchmarks/run.py gpu --out DIR [--budget 500]      one NVIDIA GPU, Russet beside Diffusers
-    python benchmarks/run.py cpu --out DIR [--budget 3600]     the same on a CPU
-    python benchmarks/run.py report DIR/gpu.json DIR/cpu.json [--pages docs/en/benchmarks.md docs/ko/benchmarks.md]
+    python benchmarks/run.py growth --out DIR [--budget 500]   the same GPU: from small to large, from one to many
+    python benchmarks/run.py cpu --out DIR [--budget 3600]     a CPU
+    python benchmarks/run.py report DIR/*.json [--pages docs/en/benchmarks.md docs/ko/benchmarks.md]
 
 Contestants take turns (A B A B), each in a process of its own, so that whatever else the machine does meets them alike.
 Results are written after every measurement; a run that is out of time drops the cases that are left, the least
@@ -27,7 +28,7 @@ from harness.contestants import CONTESTANTS  # noqa: E402
 from harness.results import Results, Table, about  # noqa: E402
 from harness.run import Run  # noqa: E402
 
-BUDGETS = {"gpu": 500.0, "cpu": 3600.0}
+BUDGETS = {"gpu": 500.0, "growth": 500.0, "cpu": 3600.0}
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +43,7 @@ def arguments() -> argparse.Namespace:
         command.add_argument("--cases", nargs="+", metavar="NAME", help="only cases whose names begin so")
         command.add_argument("--contestants", nargs="+", metavar="NAME", choices=CONTESTANTS, help="only these")
         command.add_argument("--tiny", action="store_true", help="a tiny model, to try the harness")
-        command.add_argument("--device", default={"gpu": "cuda", "cpu": "cpu"}[name])
+        command.add_argument("--device", default="cpu" if name == "cpu" else "cuda")
         command.add_argument("--list", action="store_true", help="print the cases and contestants, and stop")
     tables = commands.add_parser("report")
     tables.add_argument("results", nargs="*", type=Path)

@@ -197,16 +197,14 @@ def fresh_picture(run: Run, *, contestants: tuple[str, ...], rounds: int, steps:
 # -- the lists
 
 ONE_GPU = ("diffusers", "diffusers-best", "russet", "russet-plain", "russet-deep")
-MANY = ("diffusers", "russet", "russet-plain")
+MANY = ("diffusers", "russet", "russet-plain", "russet-deep")
+COMPILED = ("diffusers", "diffusers-best", "russet", "russet-deep")
 GROWING = ("diffusers", "russet")
 
 
 def gpu_cases(*, tiny: bool = False) -> list[Case]:
     """For one H100 or H200. ``tiny`` makes the same cases small enough for any CPU."""
-    sides = (32, 64) if tiny else (256, 512, 768, 1024, 1536, 2048)
-    batches = (1, 2) if tiny else (1, 2, 4, 8, 16, 32, 64)
     many = 2 if tiny else 16
-    few = (1, 2) if tiny else (2, 6)
     soonest_first = sorted(ONE_GPU, key=lambda name: name == "diffusers-best")
     start = [named("cold start", load_and_first, 8, contestant=name) for name in soonest_first]
     again = [name for name in ONE_GPU if CONTESTANTS[name].compiles]
@@ -214,24 +212,30 @@ def gpu_cases(*, tiny: bool = False) -> list[Case]:
         Case("rates", rates),
         *start,
         named("batch 1", pictures, contestants=ONE_GPU, batch=1, rounds=1 if tiny else 7, case="batch 1"),
-        named(
-            f"batch {many}", pictures, 10, contestants=MANY, batch=many, rounds=1 if tiny else 3, case=f"batch {many}"
-        ),
+        several(many, 10, contestants=MANY, rounds=1 if tiny else 3),
         named("quality", quality, 10, contestants=ONE_GPU),
         *(named("cached start", load_and_first, 15, contestant=name, cached=True) for name in reversed(again)),
         named("start to disk", start_to_disk, 25, rounds=1 if tiny else 3, steps=2 if tiny else 50),
+    ]
+
+
+def growth_cases(*, tiny: bool = False) -> list[Case]:
+    """For the same GPU: how time and memory grow, and compiling for many pictures, which takes over a minute."""
+    sides = (32, 64) if tiny else (256, 512, 768, 1024, 1536, 2048)
+    batches = (1, 2) if tiny else (1, 2, 4, 8, 16, 32, 64)
+    many = 2 if tiny else 16
+    few = (1, 2) if tiny else (2, 6)
+    return [
+        Case("rates", rates),
         named("growth by side", growth, 30, contestants=GROWING, of="side", at=sides, steps=few),
         named("growth by batch", growth, 30, contestants=GROWING, of="batch", at=batches, steps=few),
-        named(
-            f"batch {many}, compiled",
-            pictures,
-            90,
-            contestants=("diffusers-best",),
-            batch=many,
-            rounds=2,
-            case=f"batch {many}",
-        ),
+        several(many, 120, contestants=COMPILED, rounds=1 if tiny else 2),
     ]
+
+
+def several(many: int, least: float, **data: Any) -> Case:
+    """``many`` pictures in a call."""
+    return named(f"batch {many}", pictures, least, batch=many, case=f"batch {many}", **data)
 
 
 EXACT = ("diffusers", "diffusers-last", "russet")
@@ -256,4 +260,4 @@ def named(name: str, measure: Callable[..., None], least: float = 5, **data: Any
     return Case(name, functools.partial(measure, **data), least)
 
 
-LISTS: dict[str, Callable[..., list[Case]]] = {"gpu": gpu_cases, "cpu": cpu_cases}
+LISTS: dict[str, Callable[..., list[Case]]] = {"gpu": gpu_cases, "growth": growth_cases, "cpu": cpu_cases}
