@@ -13,7 +13,7 @@ from russet.product_sizes import gating_pays
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-from russet import elementwise_triton, products_triton  # noqa: E402
+from russet import elementwise_triton, group_norm_triton, products_triton  # noqa: E402
 from russet.elementwise_triton import Fused  # noqa: E402
 
 
@@ -25,9 +25,8 @@ def _without_gradients():
 
 @pytest.fixture(params=["whole", "in parts"])
 def way(request, monkeypatch):
-    """One program for each group, or three kernels that share the work."""
-    if request.param == "in parts":
-        monkeypatch.setattr(elementwise_triton, "WHOLE", 0)
+    """One kernel, a program for each group, or two, for parts and for what is made of their sums."""
+    monkeypatch.setattr(group_norm_triton, "WHOLE", 0 if request.param == "in parts" else 2**20)
     return request.param
 
 
@@ -43,7 +42,7 @@ def norm_of(kind: type[nn.Module], *sizes: int) -> nn.Module:
     return norm
 
 
-SHAPES = [(2, 20, 5, 7), (1, 96, 9, 15), (3, 40, 1, 1), (1, 8, 13, 40)]
+SHAPES = [(2, 20, 5, 7), (1, 96, 9, 15), (3, 40, 1, 1), (1, 8, 13, 40), (2, 560, 3, 45), (1, 4, 61, 97)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -53,10 +52,10 @@ def test_group_norm_is_that_of_pytorch(shape, rows, act, way):
     shift = None if rows is None else made(shape[0] if rows == "all" else 1, shape[1], seed=3)
     x = made(*shape, offset=5.0)
     expected = PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
-    found = elementwise_triton.group_norm(x, norm, act is not None, shift)
+    found = group_norm_triton.group_norm(x, norm, act is not None, shift)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    in_place = elementwise_triton.group_norm(x, norm, act is not None, shift, spare=True)
+    in_place = group_norm_triton.group_norm(x, norm, act is not None, shift, spare=True)
     assert in_place is x
     assert torch.equal(x, found)
 
@@ -64,8 +63,53 @@ def test_group_norm_is_that_of_pytorch(shape, rows, act, way):
 def test_values_far_from_zero_lose_no_variance(way):
     x, norm = made(1, 32, 16, 40, offset=1000.0), norm_of(nn.GroupNorm, 8, 32)
     expected = norm.double()(x.double())
-    found = elementwise_triton.group_norm(x, norm.float(), False, None)
+    found = group_norm_triton.group_norm(x, norm.float(), False, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(320, 32), (640, 32), (128, 32), (96, 32), (200, 100), (150, 75)])
+def test_groups_of_many_sizes_meet_blocks_of_channels(channels, groups):
+    norm, shift = norm_of(nn.GroupNorm, groups, channels), made(2, channels, seed=3)
+    x = made(2, channels, 9, 31)
+    expected = norm(x + shift[:, :, None, None])
+    found = group_norm_triton.group_norm(x, norm, False, shift)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, group_norm_triton.group_norm(x, norm, False, shift))
+
+
+@pytest.mark.parametrize("programs", [1, 2**20])
+def test_how_many_programs_share_a_norm_is_free(programs, monkeypatch):
+    x, norm = made(2, 64, 40, 45, offset=3.0), norm_of(nn.GroupNorm, 8, 64)
+    monkeypatch.setattr(group_norm_triton, "SUMMING", programs)
+    monkeypatch.setattr(group_norm_triton, "APPLYING", programs)
+    monkeypatch.setattr(group_norm_triton, "LEAST", 1)
+    found = group_norm_triton.group_norm(x, norm, True, None)
+    torch.testing.assert_close(found, silu(norm(x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "more", "rows"), [(320, 64, 2), (20, 12, 1), (130, 127, 4)])
+def test_joined_maps_are_those_of_pytorch(channels, more, rows):
+    x, kept = made(4, channels, 5, 9), made(rows, more, 5, 9, seed=1)
+    found = elementwise_triton.joined(x, kept)
+    assert torch.equal(found, torch.cat([x, kept.repeat(4 // rows, 1, 1, 1)], dim=1))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_maps_that_do_not_fit_together_are_joined_or_refused_by_pytorch(monkeypatch):
+    monkeypatch.setattr(elementwise_triton, "computes", lambda x: True)  # in the interpreter too
+    steps, x = Fused(silu, False), made(2, 8, 4, 4)
+    for kept in (made(2, 4, 4, 4).double(), made(2, 4, 4, 4).contiguous()):
+        assert torch.equal(steps.joined(x, kept), torch.cat([x, kept], dim=1))
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        steps.joined(x, made(2, 4, 4, 5))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_shift_alone_is_added_in_place(rows):
+    h, shift = made(2, 20, 5, 9), made(rows, 20, seed=2)
+    expected = h + shift[:, :, None, None]
+    assert elementwise_triton.shifted_sum(h, None, shift) is h
+    torch.testing.assert_close(h, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -153,7 +197,7 @@ def test_the_gate_of_a_product_is_a_gelu_far_out_too():
 def test_half_precision_is_computed_in_single(way):
     x, norm = made(2, 32, 8, 20).half(), norm_of(nn.GroupNorm, 8, 32)
     expected = PLAIN.normed(x.float(), norm, silu)
-    found = elementwise_triton.group_norm(x, norm.half(), True, None)
+    found = group_norm_triton.group_norm(x, norm.half(), True, None)
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
 

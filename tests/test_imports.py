@@ -20,7 +20,7 @@ CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
 WINOGRAD = {"winograd", "winograd_sizes"}
 PRODUCTS = {"products_triton", "product_sizes"}
-STEPS = {"elementwise", "elementwise_triton", "elementwise_cpu", "onednn"} | WINOGRAD | PRODUCTS
+STEPS = {"elementwise", "elementwise_triton", "group_norm_triton", "elementwise_cpu", "onednn"} | WINOGRAD | PRODUCTS
 OTHERS = {
     "arguments",
     "attention",
@@ -44,7 +44,8 @@ ALLOWED = {
     "attention": LIGHT,
     "heap": set(),
     "elementwise": LIGHT,
-    "elementwise_triton": LIGHT | {"elementwise", "products_triton"},
+    "elementwise_triton": LIGHT | {"elementwise", "group_norm_triton", "products_triton"},
+    "group_norm_triton": LIGHT,
     "products_triton": LIGHT | {"product_sizes"},
     "product_sizes": set(),
     "elementwise_cpu": LIGHT | WINOGRAD | {"elementwise", "onednn"},

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
@@ -61,6 +61,10 @@ class Elementwise(Protocol):
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
         """``h + shift + x`` for maps [B, C, h, w]."""
+        ...
+
+    def joined(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The channels of two maps one after another, rows of the second repeated as often as the first has them."""
         ...
 
     def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -121,6 +125,9 @@ class Plain:
         assert shift is None, "nothing is left to add"
         return h if x is None else h.add_(x)
 
+    def joined(self, x: Tensor, kept: Tensor) -> Tensor:
+        return cat([x, seen(kept, len(x))], dim=1)
+
     def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         total = h.add_(x)
         return total, norm(total)
@@ -139,6 +146,16 @@ class Plain:
     def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
         assert not ahead, "nothing is added before its time"
         return self.added(last(h), x)
+
+
+def repeated(x: Tensor, rows: int) -> Tensor:
+    """Rows [B, …], one after another as often as makes ``rows`` of them: pictures that several texts are about."""
+    return x if len(x) == rows else cat([x] * (rows // len(x)))  # which keeps the memory format
+
+
+def seen(x: Tensor, rows: int) -> Tensor:
+    """The same to be read only: a single row in order is not copied, but seen ``rows`` times."""
+    return x.expand(rows, *x.shape[1:]) if len(x) == 1 and x.is_contiguous() else repeated(x, rows)
 
 
 def gated(h: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 import triton
@@ -25,17 +24,10 @@ from torch.nn import functional as F
 
 from russet import products_triton as products
 from russet.elementwise import PLAIN, Activation, hooked, resized
-
-WHOLE = 256
-"""Positions up to which one program normalises a whole group, in two readings that the cache serves.
-
-Beyond, three kernels share the work: 12 instead of 26 µs for two maps of 320×64×64, 103 instead of 215 for thirty-two
-(H200, float16).
-"""
+from russet.group_norm_triton import group_norm, normalised
 
 ROWS, COLUMNS = 32, 128
-"""Positions and channels of a map that one program of the other way takes at a time."""
-
+"""Positions and channels of a map that one program takes."""
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +74,18 @@ class Fused:
         return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
-        if shift is None or x is None:
-            return PLAIN.added(h if shift is None else h.add_(shift[:, :, None, None]), x)
-        if not (takes(h) and takes(x) and x.shape == h.shape) or self._plain():
+        if shift is None:
+            return PLAIN.added(h, x)
+        if not (takes(h) and (x is None or (takes(x) and x.shape == h.shape))) or self._plain():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
         return shifted_sum(h, x, shift)
+
+    def joined(self, x: Tensor, kept: Tensor) -> Tensor:
+        alike = x.dtype == kept.dtype and x.shape[2:] == kept.shape[2:] and len(x) % len(kept) == 0
+        small = (x.shape[1] + kept.shape[1]) * (x.numel() // x.shape[1]) < 2**31
+        if not (takes(x) and takes(kept) and alike and small) or self._plain():
+            return PLAIN.joined(x, kept)
+        return joined(x, kept)
 
     def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         if not (takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape) or self._plain():
@@ -172,203 +171,20 @@ def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
 # layer is an argument: where a constant would save a few operations, memory is what these kernels wait for.
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, spare: bool = False) -> Tensor:
-    """Group normalisation (arXiv:1803.08494) of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare."""
-    out = x if spare else torch.empty_like(x)
-    if x.shape[2] * x.shape[3] <= WHOLE:
-        return normalised(x, out, norm, silu, shift)
-    return applied(x, out, lines(x, channel_sums(x), norm, shift), silu)
-
-
-def group_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
-    """What the kernels that know a group are told: weights, shift, and sizes."""
-    channels, area = x.shape[1], x.shape[2] * x.shape[3]
-    shifts = norm.bias if shift is None else shift.contiguous()  # any address will do where none is read
-    stride = channels if shift is not None and len(shift) > 1 else 0
-    size, shifted = channels // norm.num_groups, 0 if shift is None else channels
-    return norm.weight, norm.bias, shifts, area, channels, size, stride, norm.eps, shifted
-
-
-def normalised(x: Tensor, out: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
-    """The whole of it, for small maps."""
-    wide = max(16, triton.next_power_of_2(x.shape[1] // norm.num_groups))
-    _normalise_group[(norm.num_groups, len(x))](
-        x, out, *group_arguments(x, norm, shift), int(silu), WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8
-    )
-    return out
-
-
-def channel_sums(x: Tensor) -> Tensor:
-    """Of each part of each channel the mean, and the sum of squared distances from it: [B, parts, 2, C]."""
-    batch, channels, height, width = x.shape
-    area = height * width
-    step = part_blocks(area)
-    parts = triton.cdiv(area, ROWS * step)
-    sums = torch.empty(batch, parts, 2, channels, dtype=torch.float32, device=x.device)
-    _sum_channels[(parts, triton.cdiv(channels, COLUMNS), batch)](
-        x, sums, area, channels, parts, step, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
-    )
-    return sums
-
-
-def part_blocks(area: int) -> int:
-    """Blocks of ``ROWS`` positions to a part: few enough parts to be quickly gathered."""
-    return min(32, max(4, area // (ROWS * 256)))
-
-
-def lines(x: Tensor, sums: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:
-    """What each channel is multiplied by, and what is added then: [B, 2, C]."""
-    batch, parts, _, channels = sums.shape
-    line = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
-    wide = max(64, triton.next_power_of_2(channels // norm.num_groups))
-    rows = ROWS * part_blocks(x.shape[2] * x.shape[3])
-    _line_of_group[(norm.num_groups, batch)](
-        sums, line, *group_arguments(x, norm, shift), parts, rows, WIDE=wide, BLOCK=64, num_warps=4
-    )
-    return line
-
-
-def applied(x: Tensor, out: Tensor, line: Tensor, silu: bool) -> Tensor:
-    batch, channels, height, width = x.shape
-    area = height * width
-    _apply_line[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
-        x, out, line, area, channels, int(silu), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
-    )
-    return out
-
-
-@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "silu"])
-def _normalise_group(
-    x, out, weight, bias, shift, area, channels, size, shift_stride, eps, shifted, silu,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: one group of one row, its mean and variance, then the result."""
-    group, row = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, WIDE)
-    there = column < size
-    channel = group * size + column
-    added = tl.load(shift + row * shift_stride + channel, mask=there & (channel < shifted), other=0.0).to(tl.float32)
-    start = row.to(tl.int64) * area * channels
-    total = tl.zeros([BLOCK, WIDE], tl.float32)
-    squares = tl.zeros([BLOCK, WIDE], tl.float32)
-    pivot = tl.load(x + start + group * size).to(tl.float32)  # sums of squares are exact enough near it
-    for first in range(0, area, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        mask = (place < area)[:, None] & there[None, :]
-        values = tl.load(x + start + place[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        values = tl.where(mask, values + added[None, :] - pivot, 0.0)
-        total += values
-        squares += values * values
-    count = area * size
-    mean = tl.sum(total) / count
-    variance = tl.sum(squares) / count - mean * mean
-    scale = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32) / tl.sqrt(tl.maximum(variance, 0.0) + eps)
-    offset = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32) + (added - pivot - mean) * scale
-    for first in range(0, area, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        mask = (place < area)[:, None] & there[None, :]
-        at = place[:, None] * channels + channel[None, :]
-        values = tl.load(x + start + at, mask=mask, other=0.0).to(tl.float32)
-        values = values * scale[None, :] + offset[None, :]
-        values = tl.where(silu != 0, values * tl.sigmoid(values), values)
-        tl.store(out + start + at, values.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["parts", "step"])
-def _sum_channels(
-    x, sums, area, channels, parts, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """One program: mean and sum of squared distances from it, of some channels over some positions of one row."""
-    part, row = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = channel < channels
-    start = row.to(tl.int64) * area * channels
-    first = part * step * ROWS
-    pivot = tl.load(x + start + first.to(tl.int64) * channels + channel, mask=there, other=0.0).to(tl.float32)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(step):
-        place = first + i * ROWS + tl.arange(0, ROWS)
-        mask = (place < area)[:, None] & there[None, :]
-        values = tl.load(x + start + place[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        values = tl.where(mask, values - pivot[None, :], 0.0)
-        total += values
-        squares += values * values
-    count = tl.minimum(area - first, step * ROWS).to(tl.float32)
-    mean = tl.sum(total, 0) / count
-    distance = tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0)
-    at = sums + (row * parts + part) * 2 * channels + channel
-    tl.store(at, mean + pivot, mask=there)
-    tl.store(at + channels, distance, mask=there)
-
-
-@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "parts", "rows"])
-def _line_of_group(
-    sums, line, weight, bias, shift, area, channels, size, shift_stride, eps, shifted, parts, rows,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: one group's mean and variance out of its parts (Chan et al. 1979), as a line for each channel."""
-    group, row = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, WIDE)
-    there = column < size
-    channel = group * size + column
-    added = tl.load(shift + row * shift_stride + channel, mask=there & (channel < shifted), other=0.0).to(tl.float32)
-    weighted = tl.zeros([BLOCK, WIDE], tl.float32)
-    for first in range(0, parts, BLOCK):
-        part = first + tl.arange(0, BLOCK)
-        mask = (part < parts)[:, None] & there[None, :]
-        count = tl.minimum(area - part * rows, rows).to(tl.float32)
-        at = sums + (row * parts + part[:, None]) * 2 * channels + channel[None, :]
-        means = tl.load(at, mask=mask, other=0.0) + added[None, :]
-        weighted += tl.where(mask, means * count[:, None], 0.0)
-    total = area * size
-    mean = tl.sum(weighted) / total
-    spread = tl.zeros([BLOCK, WIDE], tl.float32)
-    for first in range(0, parts, BLOCK):
-        part = first + tl.arange(0, BLOCK)
-        mask = (part < parts)[:, None] & there[None, :]
-        count = tl.minimum(area - part * rows, rows).to(tl.float32)
-        at = sums + (row * parts + part[:, None]) * 2 * channels + channel[None, :]
-        away = tl.load(at, mask=mask, other=0.0) + added[None, :] - mean
-        spread += tl.where(mask, tl.load(at + channels, mask=mask, other=0.0) + away * away * count[:, None], 0.0)
-    variance = tl.sum(spread) / total
-    scale = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    offset = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32) + (added - mean) * scale
-    tl.store(line + row * 2 * channels + channel, scale, mask=there)
-    tl.store(line + (row * 2 + 1) * channels + channel, offset, mask=there)
-
-
-@triton.jit(do_not_specialize=["silu"])
-def _apply_line(
-    x, out, line, area, channels, silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """One program: ``act(scale · x + offset)`` for some channels at some positions of one row."""
-    row = tl.program_id(2)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = channel < channels
-    mask = (place < area)[:, None] & there[None, :]
-    scale = tl.load(line + row * 2 * channels + channel, mask=there, other=0.0)
-    offset = tl.load(line + (row * 2 + 1) * channels + channel, mask=there, other=0.0)
-    at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
-    values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + offset[None, :]
-    values = tl.where(silu != 0, values * tl.sigmoid(values), values)
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
-
-
-def shifted_sum(h: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> Tensor:
     """``h + shift + x`` for maps [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``."""
     batch, channels, height, width = h.shape
     area, stride = height * width, channels if len(shift) > 1 else 0
     _shifted_sum[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
-        h, x, shift.contiguous(), area, channels, stride, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+        h, h if x is None else x, shift.contiguous(), area, channels, stride, 0 if x is None else area,
+        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return h
 
 
-@triton.jit(do_not_specialize=["shift_stride"])
+@triton.jit(do_not_specialize=["shift_stride", "both"])
 def _shifted_sum(
-    h, x, shift, area, channels, shift_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    h, x, shift, area, channels, shift_stride, both, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program: some channels at some positions of one row."""
     row = tl.program_id(2)
@@ -379,8 +195,40 @@ def _shifted_sum(
     at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
     values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     values += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-    values += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    values += tl.load(x + at, mask=mask & (place < both)[:, None], other=0.0).to(tl.float32)
     tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
+
+
+def joined(x: Tensor, kept: Tensor) -> Tensor:
+    """The channels of two maps [B, C, h, w] and [b, c, h, w] one after another, the rows of the second repeated."""
+    batch, channels, height, width = x.shape
+    area, both = height * width, channels + kept.shape[1]
+    out = x.new_empty(batch, height, width, both).permute(0, 3, 1, 2)
+    _joined[(triton.cdiv(area, ROWS), triton.cdiv(both, COLUMNS), batch)](
+        x, kept, out, area, channels, kept.shape[1], len(kept), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _joined(
+    x, kept, out, area, channels, more, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """One program: some channels of the result at some positions of one row, mostly out of one of the maps."""
+    row = tl.program_id(2)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, first = (place < area)[:, None], (channel < channels)[None, :]
+    there = (channel < channels + more)[None, :]
+    at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
+    values = tl.load(x + at, mask=inside & first, other=0.0)
+    at = (row % rows).to(tl.int64) * area * more + place[:, None] * more + (channel - channels)[None, :]
+    values = tl.where(
+        first, values, tl.load(kept + at, mask=inside & there & (channel >= channels)[None, :], other=0.0)
+    )
+    whole = channels + more
+    at = row.to(tl.int64) * area * whole + place[:, None] * whole + channel[None, :]
+    tl.store(out + at, values, mask=inside & there)
 
 
 def layer_norm(h: Tensor, norm: nn.LayerNorm, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
@@ -468,14 +316,12 @@ def runs(device: torch.device, dtype: torch.dtype, gated_products: bool) -> list
 
     x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
     gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
-    sums, line = torch.zeros(1, 32, 2, 320, device=device), torch.zeros(1, 2, 320, device=device)
     return [
         lambda: gated(tokens),
         *map(small, (320, 640, 1280, 2560)),
-        lambda: channel_sums(x),
-        lambda: lines(x, sums, norm(320), None),
-        lambda: applied(x, torch.empty_like(x), line, True),
+        lambda: group_norm(x, norm(320), True, None),
         *map(layer, (320, 640, 1280)),
         lambda: shifted_sum(x, x, shift),
+        lambda: joined(x, x),
         *([lambda: products.gated_product(*gate)] if gated_products else []),
     ]

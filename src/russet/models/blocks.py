@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 
+from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
 from russet.models.text import Text
-from russet.models.transformer import SpatialTransformer, seen
+from russet.models.transformer import SpatialTransformer
 from russet.models.unet_config import Level, UNetConfig
 
 
@@ -55,7 +56,7 @@ class MidBlock(nn.Module):
         return x
 
 
-class UpBlock(nn.Module):
+class UpBlock(Stepping):
     """A level on the way up. Each residual block also sees a map of the way down, the latest first."""
 
     def __init__(self, inputs: int, skips: list[int], level: Level, config: UNetConfig, upsample: bool) -> None:
@@ -76,7 +77,7 @@ class UpBlock(nn.Module):
         ``start`` and ``end`` are those of a slice of its residual blocks; one that ends early does not upsample.
         """
         for i, resnet in list(enumerate(self.resnets))[start:end]:
-            x = resnet(cat([x, seen(skips.pop(), len(x))], dim=1), time, spare=True)
+            x = resnet(self.steps.joined(x, skips.pop()), time, spare=True)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x, text)
         if end is not None and end < len(self.resnets):

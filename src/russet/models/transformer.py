@@ -6,26 +6,16 @@ Inside it a map [B, C, h, w] is a row of tokens [B, N = h·w, C]. For a channels
 from __future__ import annotations
 
 import torch
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from russet.attention import is_fused, widened
-from russet.elementwise import gated, hooked, linear
+from russet.elementwise import gated, hooked, linear, repeated, seen
 from russet.models.absorbed import Absorbed
 from russet.models.base import Attending, Stepping
 from russet.models.sums import Summing, attention_sum, carried_bias
 from russet.models.text import Text
 from russet.models.together import Together
-
-
-def repeated(x: Tensor, rows: int) -> Tensor:
-    """Rows [B, …], one after another as often as makes ``rows`` of them: pictures that several texts are about."""
-    return x if len(x) == rows else cat([x] * (rows // len(x)))  # which keeps the memory format
-
-
-def seen(x: Tensor, rows: int) -> Tensor:
-    """The same to be read only: a single row in order is not copied, but seen ``rows`` times."""
-    return x.expand(rows, *x.shape[1:]) if len(x) == 1 and x.is_contiguous() else repeated(x, rows)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from russet.elementwise import convolution
+from russet.elementwise import convolution, repeated
 from russet.errors import InputError
 from russet.models.base import Stepping, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
@@ -16,7 +16,7 @@ from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
 from russet.models.text import Text
 from russet.models.together import TimeTogether, Together
-from russet.models.transformer import MultiHeadAttention, TransformerBlock, repeated
+from russet.models.transformer import MultiHeadAttention, TransformerBlock
 from russet.models.unet_config import UNetConfig
 
 
