@@ -20,7 +20,9 @@ CONFIGURED = FILES | {"config", "component"}
 PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
 WINOGRAD = {"winograd", "winograd_sizes"}
 PRODUCTS = {"products_triton", "product_sizes"}
-STEPS = {"elementwise", "elementwise_triton", "group_norm_triton", "elementwise_cpu", "onednn"} | WINOGRAD | PRODUCTS
+DOUBLING = {"doubling_triton", "doubling_sizes"}
+KERNELS = {"elementwise_triton", "group_norm_triton"} | PRODUCTS | DOUBLING
+STEPS = {"elementwise", "elementwise_cpu", "onednn"} | WINOGRAD | KERNELS
 OTHERS = {
     "arguments",
     "attention",
@@ -44,10 +46,12 @@ ALLOWED = {
     "attention": LIGHT,
     "heap": set(),
     "elementwise": LIGHT,
-    "elementwise_triton": LIGHT | {"elementwise", "group_norm_triton", "products_triton"},
+    "elementwise_triton": LIGHT | {"elementwise", "group_norm_triton", "products_triton", "doubling_triton"},
     "group_norm_triton": LIGHT,
     "products_triton": LIGHT | {"product_sizes"},
     "product_sizes": set(),
+    "doubling_triton": LIGHT | {"elementwise", "doubling_sizes"},
+    "doubling_sizes": set(),
     "elementwise_cpu": LIGHT | WINOGRAD | {"elementwise", "onednn"},
     "onednn": LIGHT,
     "winograd": LIGHT | {"winograd_sizes"},
@@ -60,7 +64,7 @@ ALLOWED = {
     "models": CONFIGURED | {"attention", "elementwise", "onednn", "product_sizes"},
     "schedulers": CONFIGURED | {"arguments", "random_streams"},
     "samplers": LIGHT | {"config", "schedulers"},
-    "devices": LIGHT | {"winograd_sizes", "product_sizes"},
+    "devices": LIGHT | {"winograd_sizes", "product_sizes", "doubling_sizes"},
     "checkpoints": CONFIGURED | PARTS,
     "pipelines": EVERYTHING,
     "cli": EVERYTHING | {"pipelines", "__init__"},

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from russet import doubling_triton as doubling
 from russet import products_triton as products
 from russet.elementwise import PLAIN, Activation, hooked, resized
 from russet.group_norm_triton import group_norm, normalised
@@ -37,9 +38,10 @@ class Fused:
 
     reuses = True
 
-    def __init__(self, silu: Activation, gated_products: bool) -> None:
+    def __init__(self, silu: Activation, gated_products: bool, transposed: bool = False) -> None:
         self._silu = silu  # the one activation that the kernels know
         self._gated_products = gated_products
+        self._transposed = transposed
         self._prepared: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
         self._failed = False
 
@@ -71,6 +73,9 @@ class Fused:
         return y, shift
 
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        if self._transposed and takes(x) and doubling.takes(x, conv) and not self._plain():
+            h = doubling.doubled(x, conv.weight)
+            return self.added(h, None, None if conv.bias is None else conv.bias[None])
         return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
 
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
@@ -315,6 +320,7 @@ def runs(device: torch.device, dtype: torch.dtype, gated_products: bool) -> list
         return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
 
     x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
+    weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
     return [
         lambda: gated(tokens),
@@ -323,5 +329,6 @@ def runs(device: torch.device, dtype: torch.dtype, gated_products: bool) -> list
         *map(layer, (320, 640, 1280)),
         lambda: shifted_sum(x, x, shift),
         lambda: joined(x, x),
+        lambda: doubling.gathered(weight),
         *([lambda: products.gated_product(*gate)] if gated_products else []),
     ]

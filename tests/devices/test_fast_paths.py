@@ -79,6 +79,17 @@ def test_other_devices_compute_as_they_did(device, text):
     assert paths(made(facts)) == PLAIN | {"text_keys": text}
 
 
+def test_a_gpu_with_kernels_doubles_large_maps_by_transposed_convolutions():
+    card = Facts(device="cuda", chip="chip", memory=24 * GIB, available=24 * GIB, torch=(2, 13, 0), ram=64 * GIB)
+    able = dataclasses.replace(card, triton=True, capability=(8, 0))
+    found = made(able)
+    assert found["doubling"] == "transposed"
+    assert "never made" in found.why("doubling").reason
+    for plain in (made(card), made(able, offload="sequential"), made(able, fast_paths=False), made(on())):
+        assert plain["doubling"] == "repeated"
+    assert made(able, fast_paths=False).why("doubling").by == "user"
+
+
 def test_layers_that_come_and_go_keep_nothing():
     assert paths(made(on(), offload="sequential")) == PLAIN
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from russet import doubling_sizes
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 from russet.product_sizes import gating_pays
@@ -79,6 +80,7 @@ class Arithmetic:
     by channels, as CUDA's does, and what follows puts it together again. gated: large gated layers gate what they make.
     summed: sums are parts of products, and what went into a step of a transformer's block is free after it. absorbed:
     the text is multiplied into weights. winograd: 3×3 convolutions are computed in Winograd's way, where it pays.
+    transposed: those of doubled maps are transposed ones, where it pays.
     """
 
     width: int = 4
@@ -89,6 +91,7 @@ class Arithmetic:
     summed: bool = False
     absorbed: bool = False
     winograd: bool = False
+    transposed: bool = False
 
 
 @dataclass
@@ -156,7 +159,13 @@ class Walk:
         self.moment(4 * t)
 
     def upsample(self, x: int, channels: int, area: int) -> None:
+        """Twice the resolution, of ``x`` to a map with ``area`` positions in each row."""
         out = self.map(area, channels)
+        small = x // self.map(1, channels)
+        sizes = self.rows, channels, channels, 1, small
+        if self.how.transposed and area == 4 * small and doubling_sizes.pays(*sizes):
+            self.moment(x, out, doubling_sizes.room(channels, channels) * self.how.width)
+            return
         filtering = self.filtering(area, out, out, doubled=True)
         self.moment(x, *((2 * out,) if filtering is None else (out, filtering)))
 

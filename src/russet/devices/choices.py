@@ -29,6 +29,8 @@ MEANING: Mapping[str, str] = {
     "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
     "gated_products": "True: large products of the UNet's gated layers are kernels that gate what they multiply",
     "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
+    "doubling": "'repeated': a map's pixels are, and what comes of it is convolved; or 'transposed': the same of large"
+    " maps by one transposed convolution, with sums of the weights",
     "linear_inputs": "'as given', or 'flat': tokens enter linear layers, in every network, as one long row of them",
     "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
     "freed_memory": "'returned' to the system as the C library sees fit; or 'kept' for the next operation while the"
@@ -166,7 +168,8 @@ class Request:
         if self.fast_paths is False:
             found |= dict.fromkeys(("gated_products", "joined_products", "graphs"), False)
             found |= {"elementwise": "plain", "residual_sums": "apart", "times": "each call", "text_keys": "each call"}
-            found |= {"convolutions": "direct", "linear_layers": "native", "freed_memory": "returned"}
+            found |= {"convolutions": "direct", "doubling": "repeated"}
+            found |= {"linear_layers": "native", "freed_memory": "returned"}
         return found
 
     def _dtypes(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -
         settled(user, "elementwise", *elementwise(facts)),
         settled(user, "gated_products", *gated_products(facts, found)),
         settled(user, "convolutions", *convolutions(facts, found)),
+        settled(user, "doubling", *doubling(facts, found)),
         settled(user, "linear_layers", *linear_layers(facts)),
         settled(user, "freed_memory", *freed_memory(facts)),
         settled(user, "joined_products", *joined_products(facts, found)),
@@ -68,6 +69,14 @@ def convolutions(facts: Facts, found: Decisions) -> tuple[str, str]:
     if "float32" not in (found.dtype("unet"), found.dtype("vae")):
         return "direct", "in half precision more than the last digits would change"
     return "winograd", "a quarter of the multiplications; only the last digits of float32 change"
+
+
+def doubling(facts: Facts, found: Decisions) -> tuple[str, str]:
+    if not facts.triton:
+        return "repeated", "there are no kernels of ours here, which would make the weights"
+    if found.offload == "sequential":
+        return "repeated", "layers come to the device one by one"
+    return "transposed", "four ninths of the multiplications, and the doubled map is never made"
 
 
 def linear_layers(facts: Facts) -> tuple[str, str]:

@@ -74,7 +74,7 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
 def steps_of(plan: Plan) -> Elementwise:
     """The steps between the matrix products as the plan wants them."""
     if plan["elementwise"] == "fused":
-        return fused_steps(plan["gated_products"])
+        return fused_steps(plan["gated_products"], plan["doubling"] == "transposed")
     winograd, onednn = plan["convolutions"] == "winograd", plan["linear_layers"] == "onednn"
     return OnCPU(by_winograd=winograd, by_onednn=onednn) if winograd or onednn else PLAIN
 
@@ -83,14 +83,14 @@ def compile_kernels(plan: Plan, device: torch.device) -> None:
     """Has kernels of ours compiled while weights are moved and read."""
     if plan["elementwise"] == "fused":
         for dtype in {plan.dtype("unet"), plan.dtype("vae")}:
-            fused_steps(plan["gated_products"]).prepare(device, dtype_named(dtype))
+            fused_steps(plan["gated_products"], plan["doubling"] == "transposed").prepare(device, dtype_named(dtype))
 
 
 @functools.cache
-def fused_steps(gated_products: bool) -> Fused:
+def fused_steps(gated_products: bool, transposed: bool) -> Fused:
     from russet.elementwise_triton import Fused  # Triton is there where the plan chose it
 
-    return Fused(silu, gated_products)
+    return Fused(silu, gated_products, transposed)
 
 
 def set_environment(device: torch.device) -> None:
