@@ -19,6 +19,7 @@ from russet.models.clip_text import CLIPTextModel
 from russet.models.norms import ComposedGroupNorm
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
+from russet.pipelines import pace
 from russet.tokenizer import CLIPTokenizer
 
 from .virtual_mps import Counts, VirtualMac
@@ -179,18 +180,106 @@ def test_noise_never_comes_from_the_device(expected):
 # -- what it costs
 
 
-def test_no_step_waits_for_the_device_but_now_and_then_to_look_for_overflow():
-    waits = {}
+def waits_by_steps(mac: VirtualMac, *numbers: int) -> dict[int, Any]:
+    pipe, waits = mini().to("mps"), {}
+    picture(pipe)  # the first one is looked at earlier
+    for steps in numbers:
+        with mac.measure() as counts:
+            picture(pipe, steps=steps)
+        waits[steps] = counts.syncs
+    return waits
+
+
+@pytest.mark.parametrize("torch_version", ["2.1.2", "2.13.0"], indirect=True)
+def test_no_step_waits_for_the_device(torch_version):
+    with VirtualMac(torch=torch_version, macos="14.5") as mac:
+        waits = waits_by_steps(mac, 3, 4, 9, 21)
+    assert waits[3] == waits[4] == waits[9] == waits[21]
+
+
+@pytest.mark.parametrize("torch_version", ["1.13.1", "2.0.1"], indirect=True)
+def test_before_torch_has_events_every_fifth_step_waits_to_look_for_overflow(torch_version):
+    with VirtualMac(torch=torch_version, macos="13.6") as mac:
+        waits = waits_by_steps(mac, 4, 9, 21)
+        assert not mac.events
+    assert [sum((waits[steps] - waits[4]).values()) for steps in (9, 21)] == [1, 4]
+
+
+def test_a_picture_waits_for_the_device_in_one_step_until_one_was_drawn_well():
+    waits = []
     with VirtualMac() as mac:
         pipe = mini().to("mps")
-        for steps in (3, 4, 9):
+        pipe("a red apple", 64, 64, num_inference_steps=1, output_type="latent", seed=7)  # so that all is in its place
+        for known in (None, torch.float16):
+            pipe.finite_in = known
             with mac.measure() as counts:
-                picture(pipe, steps=steps)
-            waits[steps] = counts.syncs
-    assert waits[4] == waits[3]
-    more = waits[9] - waits[4]
-    assert set(more) <= {"item"}
-    assert more["item"] <= 1
+                picture(pipe, steps=21)
+            waits.append(counts.sync_count)
+    assert waits[0] - waits[1] == 1
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_the_host_stays_one_step_ahead_of_the_device(late):
+    seen = []
+    with VirtualMac(late_events=late) as mac:
+        pipe = mini().to("mps")
+        pipe.unet.register_forward_pre_hook(lambda *_: seen.append([event.come for event in mac.events]))
+        picture(pipe, steps=5)
+        asked = [event.asked for event in mac.events]
+    assert seen == [[], [False], [True, False], [True, True, False], [True, True, True, False]]
+    assert asked == [late + 1] * 4 + [0]
+
+
+def test_events_that_never_come_do_not_stop_a_run(monkeypatch):
+    monkeypatch.setattr(pace, "PATIENCE", 0.0)
+    with VirtualMac(late_events=10**9) as mac:
+        found = picture(mini(torch.float32).to("mps"), steps=4)
+        assert len(mac.events) == 2
+    assert psnr(found, picture(mini(torch.float32), steps=4)) > 90
+
+
+def test_an_interrupted_run_ends_after_that_step():
+    calls = []
+    with VirtualMac(late_events=2):
+        pipe = mini().to("mps")
+        pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+
+        def stop(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe.interrupt = step == 2
+            return tensors
+
+        picture(pipe, steps=9, callback_on_step_end=stop)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("known", "good_calls", "calls"),
+    [  # of 15 steps: all, then 5 in vain with attention in float32, then from the last good step to the end
+        (True, 3, 15 + 5 + 15),
+        (True, 8, 15 + 5 + 10),
+        (True, 13, 15 + 5 + 5),
+        (False, 3, 5 + 5 + 15),
+        (False, 8, 15 + 5 + 10),
+    ],
+)
+def test_the_end_tells_of_an_overflow_and_the_last_good_latents_go_on(known, good_calls, calls):
+    called = []
+
+    def break_late(unet: Any, args: Any, output: Any) -> Any:
+        called.append(1)
+        overflows = unet.dtype == torch.float16 and len(called) > good_calls
+        return (output[0] * float("nan"),) if overflows else output
+
+    with VirtualMac():
+        pipe = mini(torch.float16).to("mps")
+        pipe.finite_in = torch.float16 if known else None
+        hook = pipe.unet.register_forward_hook(break_late)
+        output = pipe("a red apple", 64, 64, num_inference_steps=15, seed=7, output_type="np")
+        hook.remove()
+        assert pipe.finite_in is None
+    assert len(called) == calls
+    assert "whole unet in float32" in output.notes[-1]
+    assert psnr(output.images, picture(mini(torch.float32), steps=15)) > 35
 
 
 def test_attention_in_pieces_puts_its_operands_in_order_once():

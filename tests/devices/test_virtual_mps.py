@@ -205,6 +205,7 @@ def test_events_profiler_and_accelerator_answer_too():
         assert counts.sync_count == 1
         assert began.elapsed_time(ended) >= 0
         assert ended.query()
+        assert mac.events == [began, ended]
         if hasattr(torch, "accelerator"):
             assert torch.accelerator.current_accelerator() == torch.device("mps")
         with pytest.raises(rules.Hazard, match="shader"):
@@ -212,6 +213,16 @@ def test_events_profiler_and_accelerator_answer_too():
     with VirtualMac(torch="2.0.1"):
         assert not hasattr(torch.mps, "Event")
         assert not hasattr(torch, "accelerator")
+
+
+@needs_torch_2
+def test_an_event_may_come_late():
+    with VirtualMac(late_events=2) as mac:
+        event = torch.mps.Event()
+        event.record()
+        with mac.measure() as counts:
+            assert [event.query() for _ in range(4)] == [False, False, True, True]
+        assert counts.sync_count == 0
 
 
 @pytest.mark.parametrize("ask", ["recommended_max_memory", "driver_allocated_memory", "current_allocated_memory"])

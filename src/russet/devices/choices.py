@@ -45,6 +45,8 @@ MEANING: Mapping[str, str] = {
     "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
     "memory_format": "'channels_last' or 'contiguous': module.to(memory_format=…) of UNet and VAE, and of what enters",
     "non_blocking": "the argument of that name of every copy to the device",
+    "looks": "when the looks for values that are not finite, one every few steps, are read: 'at once'; 'one later',"
+    " while the device works on; or 'at the end' of the run, in which the host then stays a step ahead of the device",
     "micro_batch": "how many images the UNet sees in one call (with guidance it sees twice as many rows)",
     "vae_batch": "how many images the VAE decodes or encodes in one call",
     "vae_tile": "Tile to decode and encode by, or None for the whole picture at once",

@@ -59,7 +59,7 @@ def idle_weights(facts: Facts, request: Request) -> Decision:
 
 
 def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
-    """Layout, copies, masks, normalisation, the allocator, priming."""
+    """Layout, copies, waits, masks, normalisation, the allocator, priming."""
     return [
         causal_mask(facts),
         contiguity(facts),
@@ -68,6 +68,7 @@ def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
         linear_inputs(facts),
         memory_format(facts, request),
         non_blocking(facts),
+        looks(facts),
         watermark(facts),
         bucket(facts),
         priming(facts),
@@ -115,6 +116,17 @@ def non_blocking(facts: Facts) -> Decision:
     if bug := affected(facts, "non-blocking"):
         return Decision("non_blocking", False, bug.what)
     return Decision("non_blocking", facts.device == "cuda", "copies may overlap with work only on CUDA streams")
+
+
+def looks(facts: Facts) -> Decision:
+    """When overflow is looked for. torch has events on mps, which tell how far the device is, from 2.1 on."""
+    if facts.device == "cuda":
+        return Decision("looks", "one later", "a number is copied to the host while the device works on")
+    if facts.device == "mps" and facts.torch >= (2, 1):
+        return Decision("looks", "at the end", "to read a number would let the device run dry")
+    if facts.device == "mps":
+        return Decision("looks", "at once", "this torch cannot tell how far the device is: to read a number has to do")
+    return Decision("looks", "at once", "a CPU has computed a number when it is asked for")
 
 
 def watermark(facts: Facts) -> Decision:

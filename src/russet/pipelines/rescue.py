@@ -1,8 +1,8 @@
 """Pictures that stay finite: what to do when half precision has overflowed.
 
-A number that is not finite stays so through every later step, so it is enough to look now and then: each look waits
-for the device, or on CUDA for where the device was some steps ago. The work then goes on from the last latents that
-were good, in more precise arithmetic.
+A number that is not finite stays so through every later step, so it is enough to look now and then, and to read a look
+later: at once only where that costs no wait. The work then goes on from the last latents that were good, in more
+precise arithmetic.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from russet.pipelines import engine, placement
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 5  # steps
+UNREAD = {"at once": 0, "one later": 1, "at the end": sys.maxsize}  # looks, by what the plan says of them
 
 
 @dataclass(frozen=True)
@@ -36,45 +38,70 @@ class Good:
 
 
 class Look:
-    """A look for values that are not finite. On CUDA it is read ``later``, and the work goes on meanwhile."""
+    """A look for values that are not finite: one number that is not, if any was not. It is on its way to be read.
 
-    def __init__(self, place: Good) -> None:
+    place: where to go on from if all were; None for the end of a run.
+    """
+
+    def __init__(self, latents: Tensor, place: Good | None = None) -> None:
         self.place = place
-        self._flag = place.latents.sum()
-        self.later = self._flag.is_cuda
-        if self.later:
-            there = torch.empty((), dtype=self._flag.dtype, pin_memory=True)
-            self._flag = there.copy_(self._flag, non_blocking=True)
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+        self.flag = latents.sum()
+        self._arrived: torch.cuda.Event | None = None
+        if self.flag.is_cuda:
+            there = torch.empty((), dtype=self.flag.dtype, pin_memory=True)
+            self.flag = there.copy_(self.flag, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
-    def finite(self) -> bool:
-        """Whether all values were; waits until the device is that far."""
-        if self.later:
-            self._done.synchronize()
-        return math.isfinite(float(self._flag))
+    def arrive(self) -> None:
+        """On CUDA, waits until the device was there: the number is on the host then."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+
+def read(looks: Sequence[Look]) -> list[bool]:
+    """Whether all values were finite, for each look; one wait for all of them."""
+    if not looks:
+        return []
+    for look in looks:
+        look.arrive()
+    return [math.isfinite(flag) for flag in torch.stack([look.flag for look in looks]).tolist()]
 
 
 class Watch:
-    """The last good place of a run, and the look that is under way."""
+    """The last good place of a run, and the looks that are still to be read.
 
-    def __init__(self, good: Good) -> None:
+    Kept unread "at the end", every fifth step's latents stay in memory: of 50 steps of Stable Diffusion at 512×512
+    that is 0.6 MiB a picture, a few thousandths of what one UNet call takes, and no plan counts it.
+
+    reads: when looks are read, as the plan says. trusted: whether the network has drawn a whole picture in this
+    arithmetic; if not, the first look is never left for the end: what always overflows is found after a few steps.
+    """
+
+    def __init__(self, good: Good, reads: str, trusted: bool) -> None:
         self.good = good
-        self._look: Look | None = None
+        self._unread = UNREAD[reads]
+        self._wary = self._unread > 1 and not trusted
+        self._looks: list[Look] = []
 
     def see(self, place: Good) -> bool:
         """Looks at a place; False once a look has found a value that is not finite."""
-        if not self.settled():
-            return False
-        self._look = Look(place)
-        return self._look.later or self.settled()
+        self._looks.append(Look(place.latents, place))
+        unread, self._wary = 0 if self._wary else self._unread, False
+        return self._read(max(0, len(self._looks) - unread))
 
-    def settled(self) -> bool:
-        """Reads the look that is under way; whether all was well."""
-        if self._look is not None:
-            if not self._look.finite():
+    def end(self, latents: Tensor) -> bool:
+        """Looks at the end of the run, and reads everything; whether all was well."""
+        self._looks.append(Look(latents))
+        return self._read(len(self._looks))
+
+    def _read(self, count: int) -> bool:
+        """Reads the oldest looks, up to the first that is not well."""
+        looks, self._looks = self._looks[:count], self._looks[count:]
+        for look, finite in zip(looks, read(looks), strict=True):
+            if not finite:
                 return False
-            self.good, self._look = self._look.place, None
+            self.good = look.place or self.good
         return True
 
 

@@ -13,6 +13,7 @@ from russet.devices.plan import Plan
 from russet.errors import ArgumentTypeError, InputError
 from russet.pipelines import engine, rescue
 from russet.pipelines.guidance import Conditioning, predictor
+from russet.pipelines.pace import Pace
 from russet.pipelines.request import CALLBACK_TENSORS, TextToImage
 from russet.random_streams import NoiseSource
 from russet.schedulers.schedule import Run, Schedule
@@ -83,6 +84,7 @@ class Sampling:
                     break
                 self.notes.append(left.pop(0).apply())
                 self.aim()
+        self.pipe.finite_in = unet.dtype if finite and not self.notes else None
         if not finite:
             self.notes.append("the latents are not finite even in float32: the weights or the inputs must be damaged")
         return run.latents
@@ -90,8 +92,11 @@ class Sampling:
     def _advance(self, run: Run, good: rescue.Good, noise: NoiseSource, bar: Any) -> tuple[rescue.Good, bool]:
         """Goes on until the end or a value that is not finite; returns the last good place and whether all is well."""
         schedule = self.schedule
-        done, watch = len(schedule.timesteps) - len(run.schedule.timesteps), rescue.Watch(good)
+        done, looks = len(schedule.timesteps) - len(run.schedule.timesteps), self.plan["looks"]
+        trusted = self.pipe.finite_in == self.pipe.unet.dtype and not self.notes
+        watch, pace = rescue.Watch(good, looks, trusted), Pace(looks == "at the end")
         for step in engine.denoise(run, lambda x, t: self.predict(x, t)):
+            pace.step()
             index = done + step.index
             bar.update(index + 1 - bar.n)
             if self.request.callback is not None:
@@ -102,7 +107,8 @@ class Sampling:
                 place = rescue.Good(schedule.points.index(run.point), run.latents, noise.state())
                 if not watch.see(place):
                     return watch.good, False
-        return watch.good, watch.settled() and rescue.is_finite(run.latents)
+        finite = watch.end(run.latents)
+        return watch.good, finite
 
     def _call_back(self, run: Run, index: int, step: engine.Step) -> None:
         """Shows the caller the step, and takes what it changed."""

@@ -78,6 +78,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._primed: torch.device | None = None
+        self.finite_in: torch.dtype | None = None  # what the UNet drew the last picture in, if no value overflowed
         self._previews = Previews()
         self.interrupt = False
         if self.safety_checker is not None and self.feature_extractor is None:

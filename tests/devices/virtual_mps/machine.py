@@ -42,6 +42,8 @@ class VirtualMac:
             gives NaN, as a copy that is read too early may.
         shapes_only: nothing is computed, and nothing takes memory: shapes, kernels, waits and bytes are as they would
             be, so a full-size network takes a second. Numbers read from the device are all ``reads``.
+        late_events: how often an event says, when asked, that the device has not come so far yet. ``events`` are all
+            that were recorded.
     """
 
     active: VirtualMac | None = None
@@ -58,6 +60,7 @@ class VirtualMac:
         non_blocking: str = "refuse",
         shapes_only: bool = False,
         reads: float = 1.0,
+        late_events: int = 0,
     ) -> None:
         self.name = f"Apple {chip}"
         self.memory = int(memory_gib * GIB)
@@ -69,6 +72,8 @@ class VirtualMac:
             raise ValueError(f"no such bugs: {sorted(unknown)}; there are {sorted(known)}")
         self.bugs = {d.id for d in DEFECTS if d.holds(chip, self.torch, self.macos)} if bugs is None else set(bugs)
         self.non_blocking, self.shapes_only, self.reads = non_blocking, shapes_only, reads
+        self.late_events = late_events
+        self.events: list[Any] = []
         self.host = "meta" if shapes_only else "cpu"
         self.working_set = self.memory * 2 // 3 if self.memory <= 32 * GIB else self.memory * 3 // 4
         self.account = Account(self.working_set * 3 // 4, self.working_set)
