@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness import backgrounds
 from russet import DiffusionPipeline, UNet2DConditionModel, samplers
 from russet.checkpoints.fill import build
 from russet.devices.published import SD15_UNET
@@ -35,15 +36,6 @@ PROMPTS = (
     "two dogs in the sea",
 )
 SETTINGS = {"num_inference_steps": 25, "guidance_scale": 5.0, "seed": 42, "output_type": "pt"}
-COLOURS = {
-    "red": (220, 50, 47),
-    "green": (60, 160, 70),
-    "blue": (50, 90, 210),
-    "yellow": (245, 215, 60),
-    "purple": (140, 70, 180),
-    "white": (250, 250, 250),
-    "black": (20, 20, 20),
-}
 INTERVALS = ((0, 0.95), (0, 0.9), (0, 0.8), (0, 0.6), (0.05, 1), (0.2, 0.8))
 CACHES = (
     *((every, 0, start) for start in (0, 0.3, 0.4, 0.5) for every in (2, 3, 5)),
@@ -106,15 +98,11 @@ class Model:
         """Of one prompt for each colour, how many pictures have that colour along their border."""
         before = self.pipe.scheduler
         self.pipe.scheduler = samplers.make(sampler, before.config)
-        prompts = [f"a photo of a cat on a {colour} background" for colour in COLOURS]
         try:
-            pictures, _ = self.draw(prompts, num_inference_steps=steps)
+            pictures, _ = self.draw(backgrounds.PROMPTS, num_inference_steps=steps)
         finally:
             self.pipe.scheduler = before
-        wanted = torch.tensor(list(COLOURS.values())) / 255
-        edges = (pictures[..., :8, :], pictures[..., -8:, :], pictures[..., :8], pictures[..., -8:])
-        border = torch.cat([edge.flatten(2) for edge in edges], dim=2).median(dim=2).values
-        return int((torch.cdist(border, wanted).argmin(dim=1) == torch.arange(len(COLOURS))).sum())
+        return backgrounds.right(pictures)
 
 
 def operations(unet: nn.Module, latents: torch.Tensor, text: torch.Tensor, **deep: Any) -> tuple[int, Any]:
@@ -149,7 +137,7 @@ def table_of_few(model: Model) -> str:
     for sampler in FEW_SAMPLERS:
         right = [model.right_backgrounds(sampler, steps) for steps in FEW_STEPS]
         lines.append(f"| `{sampler}` | " + " | ".join(map(str, right)) + " |")
-    return "\n".join([*lines, f"\nthe full run: {model.right_backgrounds('ddim', 25)} of {len(COLOURS)}"])
+    return "\n".join([*lines, f"\nthe full run: {model.right_backgrounds('ddim', 25)} of {len(backgrounds.PROMPTS)}"])
 
 
 def table_of_reuse(mini: Sequence[float], sd: Sequence[float]) -> str:
