@@ -12,7 +12,7 @@ import torch
 from russet import winograd_sizes
 from russet.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.checkpoints.fill import build
-from russet.devices import activations, parameters, prepared, published
+from russet.devices import parameters, prepared, published
 from russet.devices.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.devices.choices import AttentionChoice
 from russet.devices.facts import mac, parse_version
@@ -20,7 +20,6 @@ from russet.devices.plan import Request, plan
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 from russet.elementwise_cpu import OnCPU
 from russet.errors import ConfigError, InputError
-from russet.models import norms
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.norms import set_norms
 from russet.models.safety_checker import StableDiffusionSafetyChecker
@@ -174,10 +173,6 @@ def test_a_tiny_vae_peaks_as_predicted_both_ways():
     decoding, encoding = peak_of(lambda: vae.decode(z)), peak_of(lambda: vae.encode(x))
     assert decoder_peak(sizes, 2, (16, 12), Arithmetic()) == pytest.approx(decoding, rel=WITHIN)
     assert encoder_peak(sizes, 2, (16, 12), Arithmetic()) == pytest.approx(encoding, rel=WITHIN)
-
-
-def test_networks_and_estimates_agree_on_which_maps_are_large_for_composed_norms():
-    assert norms.AT_ONCE == activations.COMPOSED_AT_ONCE
 
 
 def test_a_vae_with_composed_norms_peaks_as_predicted():

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from russet import doubling_sizes
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
+from russet.norm_sizes import at_once
 from russet.product_sizes import gating_pays
 from russet.winograd_sizes import pays, room
 
 FUSED = AttentionChoice()
-COMPOSED_AT_ONCE = 2**23  # numbers in a map; what is larger, a composed norm takes in steps that need less memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class Walk:
         """Normalises ``x``, which is counted elsewhere. A composed norm holds two float32 maps, of a large map one."""
         numbers = x // self.how.width
         if self.how.composed:
-            self.moment(beside, (8 if numbers <= COMPOSED_AT_ONCE else 4) * numbers)
+            self.moment(beside, (8 if at_once(numbers) else 4) * numbers)
         else:
             self.moment(beside, 2 * x if self.how.reordered else x)
 

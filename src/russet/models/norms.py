@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AT_ONCE = 2**23
-"""Numbers in a map up to which it is normalised in the fewest operations; a larger one in those that need less room."""
+from russet.norm_sizes import at_once
 
 
 class ComposedGroupNorm(nn.GroupNorm):
@@ -17,7 +16,7 @@ class ComposedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """From [B, C, h, w] to the same."""
-        return self._quick(input) if input.numel() <= AT_ONCE else self._frugal(input)
+        return self._quick(input) if at_once(input.numel()) else self._frugal(input)
 
     def _quick(self, x: Tensor) -> Tensor:
         """Each group is normalised as a layer is: up to four operations, and two float32 maps at a time."""
