@@ -108,15 +108,43 @@ def test_maps_that_do_not_fit_together_are_joined_or_refused_by_pytorch(monkeypa
 def test_a_shift_alone_is_added_in_place(rows):
     h, shift = made(2, 20, 5, 9), made(rows, 20, seed=2)
     expected = h + shift[:, :, None, None]
-    assert elementwise_triton.shifted_sum(h, None, shift) is h
+    assert elementwise_triton.shifted(h, shift) is h
     torch.testing.assert_close(h, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_sums_with_a_shift_are_those_of_pytorch(rows):
-    h, x, shift = made(2, 20, 5, 9), made(2, 20, 5, 9, seed=1), made(rows, 20, seed=2)
-    expected = h + shift[:, :, None, None] + x
-    torch.testing.assert_close(elementwise_triton.shifted_sum(h, x, shift), expected)
+@pytest.mark.parametrize("groups", [1, 5])
+def test_sums_with_a_shift_are_those_of_pytorch_and_so_are_their_norms(rows, groups):
+    h, x, shift = made(2, 20, 9, 29), made(2, 20, 9, 29, seed=1, offset=7.0), made(rows, 20, seed=2)
+    expected, norm = h + shift[:, :, None, None] + x, norm_of(nn.GroupNorm, groups, 20)
+    sums = group_norm_triton.group_sums(h, groups, shift, x)
+    torch.testing.assert_close(h, expected)
+    found = group_norm_triton.group_norm(h, norm, False, None, told=sums)
+    torch.testing.assert_close(found, norm(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_are_told_to_the_norm_that_follows_unless_the_map_has_changed(monkeypatch):
+    monkeypatch.setattr(elementwise_triton, "computes", lambda x: True)  # in the interpreter too
+    steps, x, shift, norm = Fused(silu, False), made(2, 20, 9, 9), made(1, 20, seed=2), norm_of(nn.GroupNorm, 4, 20)
+
+    def total(groups: int | None = 4) -> torch.Tensor:
+        return steps.added(made(2, 20, 9, 9, seed=1), x, shift, groups=groups)
+
+    def is_told(h: torch.Tensor) -> bool:
+        h.data.mul_(3)  # which counts as no change, so that the sums of before show
+        return not torch.allclose(steps.normed(h, norm), norm(h), rtol=1e-4, atol=1e-4)
+
+    h = total()
+    assert is_told(h)
+    assert not is_told(h)  # once
+    assert not is_told(total(groups=5))
+    assert not is_told(total(groups=None))
+    assert not is_told(total().mul_(2))
+    kept = total()
+    assert not is_told(x)
+    assert not is_told(kept)  # another norm came between
+    with torch.inference_mode():
+        assert not is_told(total())
 
 
 @pytest.mark.parametrize("features", [48, 640])

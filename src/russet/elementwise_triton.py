@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from russet import doubling_triton as doubling
 from russet import products_triton as products
 from russet.elementwise import PLAIN, Activation, hooked, resized
-from russet.group_norm_triton import group_norm, normalised
+from russet.group_norm_triton import Sums, group_norm, group_sums, normalised
 
 ROWS, COLUMNS = 32, 128
 """Positions and channels of a map that one program takes."""
@@ -44,6 +45,7 @@ class Fused:
         self._transposed = transposed
         self._prepared: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
         self._failed = False
+        self._told: tuple[weakref.ref[Tensor], int, Sums] | None = None
 
     def normed(
         self,
@@ -57,7 +59,8 @@ class Fused:
         known = act in (None, self._silu) and type(norm) is nn.GroupNorm and not hooked(norm)
         if not known or not takes(x) or self._plain():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
-        return group_norm(x, norm, act is not None, shift, spare)
+        told = self._sums_of(x, norm.num_groups) if shift is None else None
+        return group_norm(x, norm, act is not None, shift, spare, told)
 
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
@@ -78,12 +81,23 @@ class Fused:
             return self.added(h, None, None if conv.bias is None else conv.bias[None])
         return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
 
-    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None, *, groups: int | None = None) -> Tensor:
         if shift is None:
             return PLAIN.added(h, x)
         if not (takes(h) and (x is None or (takes(x) and x.shape == h.shape))) or self._plain():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
-        return shifted_sum(h, x, shift)
+        if x is None or groups is None:
+            return PLAIN.added(shifted(h, shift), x)
+        sums = group_sums(h, groups, shift, x)
+        self._told = None if h.is_inference() else (weakref.ref(h), h._version, sums)
+        return h
+
+    def _sums_of(self, x: Tensor, groups: int) -> Sums | None:
+        """What ``added`` told of its last result, if that is the map, and nothing has changed it since."""
+        told, self._told = self._told, None
+        if told is None or told[0]() is not x or told[1] != x._version:
+            return None
+        return told[2] if told[2].numbers.shape[-1] == groups else None
 
     def joined(self, x: Tensor, kept: Tensor) -> Tensor:
         alike = x.dtype == kept.dtype and x.shape[2:] == kept.shape[2:] and len(x) % len(kept) == 0
@@ -176,20 +190,19 @@ def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
 # layer is an argument: where a constant would save a few operations, memory is what these kernels wait for.
 
 
-def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> Tensor:
-    """``h + shift + x`` for maps [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``."""
+def shifted(h: Tensor, shift: Tensor) -> Tensor:
+    """``h + shift`` for a map [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``."""
     batch, channels, height, width = h.shape
     area, stride = height * width, channels if len(shift) > 1 else 0
-    _shifted_sum[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
-        h, h if x is None else x, shift.contiguous(), area, channels, stride, 0 if x is None else area,
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-    )  # fmt: skip
+    _shifted[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
+        h, shift.contiguous(), area, channels, stride, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+    )
     return h
 
 
-@triton.jit(do_not_specialize=["shift_stride", "both"])
-def _shifted_sum(
-    h, x, shift, area, channels, shift_stride, both, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+@triton.jit(do_not_specialize=["shift_stride"])
+def _shifted(
+    h, shift, area, channels, shift_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """One program: some channels at some positions of one row."""
     row = tl.program_id(2)
@@ -200,7 +213,6 @@ def _shifted_sum(
     at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
     values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     values += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-    values += tl.load(x + at, mask=mask & (place < both)[:, None], other=0.0).to(tl.float32)
     tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
 
 
@@ -327,7 +339,7 @@ def runs(device: torch.device, dtype: torch.dtype, gated_products: bool) -> list
         *map(small, (320, 640, 1280, 2560)),
         lambda: group_norm(x, norm(320), True, None),
         *map(layer, (320, 640, 1280)),
-        lambda: shifted_sum(x, x, shift),
+        lambda: shifted(x, shift),
         lambda: joined(x, x),
         lambda: doubling.gathered(weight),
         *([lambda: products.gated_product(*gate)] if gated_products else []),

@@ -10,6 +10,7 @@ and applies them: three passes over the memory, at its speed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,70 +31,82 @@ PARTS, GROUPS = 32, 32
 """Parts and groups that are gathered at a time."""
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, spare: bool = False) -> Tensor:
-    """Group normalisation of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare."""
+@dataclass(frozen=True)
+class Sums:
+    """Of each part of each group the mean, and the sum of squared distances from it.
+
+    Attributes:
+        numbers: [B, parts, 2, groups].
+        step: times ``ROWS`` positions to a part.
+    """
+
+    numbers: Tensor
+    step: int
+
+
+def group_norm(
+    x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, spare: bool = False, told: Sums | None = None
+) -> Tensor:
+    """Group normalisation of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare.
+
+    told: the sums of ``x + shift``, if they are known.
+    """
     out = x if spare else torch.empty_like(x)
-    if x.shape[2] * x.shape[3] <= WHOLE:
+    if told is None and x.shape[2] * x.shape[3] <= WHOLE:
         return normalised(x, out, norm, silu, shift)
-    step = part_blocks(x, norm)
-    return applied(x, out, group_sums(x, norm, shift, step), norm, silu, shift, step)
+    return applied(x, out, told or group_sums(x, norm.num_groups, shift), norm, silu, shift)
 
 
-def group_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
-    """What all kernels are told: weights, shift, and sizes."""
+def shift_arguments(x: Tensor, shift: Tensor | None) -> tuple[Tensor, int, int]:
+    """A shift [1 or B, C], its stride from row to row, and how many channels it is for."""
+    if shift is None:
+        return x, 0, 0  # any address will do where none is read
+    return shift.contiguous(), x.shape[1] if len(shift) > 1 else 0, x.shape[1]
+
+
+def norm_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
+    """What the kernels that normalise are told: weights, shift, and sizes."""
     channels, area = x.shape[1], x.shape[2] * x.shape[3]
-    shifts = norm.bias if shift is None else shift.contiguous()  # any address will do where none is read
-    stride = channels if shift is not None and len(shift) > 1 else 0
-    size, shifted = channels // norm.num_groups, 0 if shift is None else channels
-    return norm.weight, norm.bias, shifts, area, channels, size, stride, norm.eps, shifted
+    size = channels // norm.num_groups
+    return norm.weight, norm.bias, *shift_arguments(x, shift), area, channels, size, norm.eps
 
 
 def normalised(x: Tensor, out: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
     """The whole of it, for small maps."""
     wide = max(16, triton.next_power_of_2(x.shape[1] // norm.num_groups))
     _normalise_group[(norm.num_groups, len(x))](
-        x, out, *group_arguments(x, norm, shift), int(silu), WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8
+        x, out, *norm_arguments(x, norm, shift), int(silu), WIDE=wide, BLOCK=max(1, 8192 // wide), num_warps=8
     )
     return out
 
 
-def part_blocks(x: Tensor, norm: nn.GroupNorm) -> int:
-    """Times ``ROWS`` positions to a part."""
-    batch, channels, height, width = x.shape
-    blocks: int = triton.cdiv(channels, whole_groups(channels, norm.num_groups))
-    return max(LEAST, height * width * batch * blocks // (ROWS * SUMMING))
-
-
-def whole_groups(channels: int, groups: int) -> int:
-    """Channels, groups as a whole, that one program sums up."""
-    size = channels // groups
-    return size * max(1, min(COLUMNS // size, GROUPS))
-
-
-def group_sums(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None, step: int) -> Tensor:
-    """Of each part of each group the mean, and the sum of squared distances from it: [B, parts, 2, groups]."""
-    batch, channels, height, width = x.shape
-    wide = whole_groups(channels, norm.num_groups)
+def group_sums(h: Tensor, groups: int, shift: Tensor | None, x: Tensor | None = None) -> Sums:
+    """The sums of ``h + shift`` [B, C, h, w]; or of ``h + shift + x``, which is put into ``h`` then."""
+    batch, channels, height, width = h.shape
+    area, size = height * width, channels // groups
+    wide = size * max(1, min(COLUMNS // size, GROUPS))  # whole groups
     unit = 8 if wide % 8 == 0 else 1
-    parts = triton.cdiv(height * width, ROWS * step)
-    sums = torch.empty(batch, parts, 2, norm.num_groups, dtype=torch.float32, device=x.device)
-    _sum_groups[(parts, triton.cdiv(channels, wide), batch)](
-        x, sums, *group_arguments(x, norm, shift)[2:], wide // unit, parts, step,
+    blocks = triton.cdiv(channels, wide)
+    step = max(LEAST, area * batch * blocks // (ROWS * SUMMING))
+    parts = triton.cdiv(area, ROWS * step)
+    sums = torch.empty(batch, parts, 2, groups, dtype=torch.float32, device=h.device)
+    _sum_groups[(parts, blocks, batch)](
+        h, h if x is None else x, sums, *shift_arguments(h, shift), area, channels, size, 0 if x is None else area,
+        wide // unit, parts, step,
         ROWS=ROWS, COLUMNS=max(COLUMNS, triton.next_power_of_2(wide)), GROUPS=GROUPS, UNIT=unit, num_warps=4,
     )  # fmt: skip
-    return sums
+    return Sums(sums, step)
 
 
-def applied(
-    x: Tensor, out: Tensor, sums: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, step: int
-) -> Tensor:
-    """The norm by the sums of parts of so many blocks, and the activation."""
+def applied(x: Tensor, out: Tensor, sums: Sums, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
+    """The norm by these sums, and the activation."""
     batch, channels, height, width = x.shape
     area, size, blocks = height * width, channels // norm.num_groups, triton.cdiv(channels, COLUMNS)
     taken = max(1, area * batch * blocks // (ROWS * APPLYING))
     met = COLUMNS // size if COLUMNS % size == 0 else (COLUMNS - 2) // size + 2  # groups in a block of columns
     _apply_sums[(triton.cdiv(area, ROWS * taken), blocks, batch)](
-        x, out, sums, *group_arguments(x, norm, shift), norm.num_groups, sums.shape[1], ROWS * step, taken, int(silu),
+        x, out, sums.numbers, *norm_arguments(x, norm, shift), norm.num_groups, sums.numbers.shape[1], ROWS * sums.step,
+        taken, int(silu),
         ROWS=ROWS, COLUMNS=COLUMNS, GROUPS=max(GROUPS, triton.next_power_of_2(met)), PARTS=PARTS, num_warps=4,
     )  # fmt: skip
     return out
@@ -101,7 +114,7 @@ def applied(
 
 @triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "silu"])
 def _normalise_group(
-    x, out, weight, bias, shift, area, channels, size, shift_stride, eps, shifted, silu,
+    x, out, weight, bias, shift, shift_stride, shifted, area, channels, size, eps, silu,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: one group of one row, its mean and variance, then the result."""
@@ -136,9 +149,9 @@ def _normalise_group(
         tl.store(out + start + at, values.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "units", "parts", "step"])
+@triton.jit(do_not_specialize=["shift_stride", "shifted", "size", "both", "units", "parts", "step"])
 def _sum_groups(
-    x, sums, shift, area, channels, size, shift_stride, eps, shifted, units, parts, step,
+    h, x, sums, shift, shift_stride, shifted, area, channels, size, both, units, parts, step,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One program: mean and sum of squared distances from it, of some whole groups over some positions of one row."""
@@ -147,22 +160,29 @@ def _sum_groups(
     column = tl.arange(0, COLUMNS)
     channel = tl.program_id(1) * wide + column
     there = (column < wide) & (channel < channels)
+    added = tl.load(shift + row * shift_stride + channel, mask=channel < shifted, other=0.0).to(tl.float32)
     start = row.to(tl.int64) * area * channels
     first = part * step * ROWS
-    pivot = tl.load(x + start + first * channels + channel, mask=there, other=0.0).to(tl.float32)
+    pivot = tl.load(x + start + first * channels + channel, mask=there, other=0.0).to(tl.float32) + added
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(step):
         place = first + i * ROWS + tl.arange(0, ROWS)
         mask = (place < area)[:, None] & there[None, :]
-        values = tl.load(x + start + place[:, None] * channels + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        summed = mask & (place < both)[:, None]
+        at = start + place[:, None] * channels + channel[None, :]
+        values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32) + added[None, :]
+        values += tl.load(x + at, mask=summed, other=0.0).to(tl.float32)
+        stored = values.to(h.dtype.element_ty)
+        tl.store(h + at, stored, mask=summed)
+        values = tl.where(summed, stored.to(tl.float32), values)  # of what is stored, the norm is that of the stored
         values = tl.where(mask, values - pivot[None, :], 0.0)  # sums of squares are exact enough near it
         total += values
         squares += values * values
     count = tl.minimum(area - first, step * ROWS).to(tl.float32)
     mean = tl.sum(total, 0) / count
     distance = tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0)
-    mean += pivot + tl.load(shift + row * shift_stride + channel, mask=channel < shifted, other=0.0).to(tl.float32)
+    mean += pivot
     group = tl.arange(0, GROUPS)
     own = (column[None, :] // size == group[:, None]) & there[None, :]
     middle = tl.sum(tl.where(own, mean[None, :], 0.0), 1) / size
@@ -177,7 +197,7 @@ def _sum_groups(
 
 @triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "groups", "parts", "rows", "step", "silu"])
 def _apply_sums(
-    x, out, sums, weight, bias, shift, area, channels, size, shift_stride, eps, shifted, groups, parts, rows, step,
+    x, out, sums, weight, bias, shift, shift_stride, shifted, area, channels, size, eps, groups, parts, rows, step,
     silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: ``act(norm(x + shift))`` for some channels at some positions of one row."""

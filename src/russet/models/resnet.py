@@ -99,7 +99,8 @@ class Resnet(Summing, Stepping):
             h = self.sums.added(h, x)
         else:
             h, rest = steps.convolved(h, self.conv2)
-            h = steps.added(h, self._beside(x) if beside is None else beside, rest)
+            beside = self._beside(x) if beside is None else beside
+            h = steps.added(h, beside, rest, groups=self.norm2.num_groups)
         return h if self.divisor == 1 else h / self.divisor
 
     def _beside(self, x: Tensor) -> Tensor:
