@@ -250,7 +250,7 @@ def test_a_first_pass_that_is_unlike_the_others_is_made_once_and_discarded(
 
 def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(read_facts("cpu"), memory=10**5, available=10**5, ram=10**5, held=0)
-    monkeypatch.setattr("russet.pipelines.base.read_facts", lambda device=None, weights=0: small)
+    monkeypatch.setattr("russet.pipelines.moving.read_facts", lambda device=None, weights=0: small)
     pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     assert pipe.unet.dtype == torch.float32
     with pytest.raises(DoesNotFit):
