@@ -230,11 +230,6 @@ def test_half_precision_is_computed_in_single(way):
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_all_kernels_compile():
-    for run in elementwise_triton.runs(torch.device(DEVICE), torch.float16, True):
-        run()
-
-
 def test_what_the_kernels_are_not_made_for_is_left_to_pytorch():
     steps, x = Fused(silu, True), made(1, 8, 4, 4)
     scrambled = x.contiguous()  # not channels-last

@@ -9,13 +9,8 @@ in ``elementwise.Plain``, which also takes over what the kernels are not made fo
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
-import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -26,25 +21,35 @@ from torch.nn import functional as F
 from russet import doubling_triton as doubling
 from russet import products_triton as products
 from russet.elementwise import PLAIN, Activation, hooked, resized
-from russet.group_norm_triton import Sums, group_norm, group_sums, normalised
+from russet.group_norm_triton import Sums, group_norm, group_sums
 
 ROWS, COLUMNS = 32, 128
 """Positions and channels of a map that one program takes."""
 
-log = logging.getLogger(__name__)
-
 
 class Fused:
-    """The steps in as few passes over the memory as they can be. One object serves all networks."""
+    """The steps in as few passes over the memory as they can be. One object serves all networks.
+
+    Args:
+        silu: the one activation that the kernels know.
+        gated_products: whether layers gate what they multiply in one kernel where that pays.
+        transposed: whether maps are doubled by transposed convolutions where that pays.
+        failed: whether there are no kernels; asked before each use, it waits for those that are being compiled.
+    """
 
     reuses = True
 
-    def __init__(self, silu: Activation, gated_products: bool, transposed: bool = False) -> None:
-        self._silu = silu  # the one activation that the kernels know
+    def __init__(
+        self,
+        silu: Activation,
+        gated_products: bool,
+        transposed: bool = False,
+        failed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._silu = silu
         self._gated_products = gated_products
         self._transposed = transposed
-        self._prepared: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
-        self._failed = False
+        self._failed = failed
         self._told: tuple[weakref.ref[Tensor], int, Sums] | None = None
 
     def normed(
@@ -57,7 +62,7 @@ class Fused:
         spare: bool = False,
     ) -> Tensor:
         known = act in (None, self._silu) and type(norm) is nn.GroupNorm and not hooked(norm)
-        if not known or not takes(x) or self._plain():
+        if not known or not takes(x) or self._failed():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
         told = self._sums_of(x, norm.num_groups) if shift is None else None
         return group_norm(x, norm, act is not None, shift, spare, told)
@@ -65,7 +70,7 @@ class Fused:
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if not takes(x) or hooked(conv) or conv.bias is None or self._plain():
+        if not takes(x) or hooked(conv) or conv.bias is None or self._failed():
             return PLAIN.convolved(x, conv, shift, whole=whole)
         if conv.kernel_size == (1, 1):  # a product, which adds its bias by itself
             y = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
@@ -76,7 +81,7 @@ class Fused:
         return y, shift
 
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        if self._transposed and takes(x) and doubling.takes(x, conv) and not self._plain():
+        if self._transposed and takes(x) and doubling.takes(x, conv) and not self._failed():
             h = doubling.doubled(x, conv.weight)
             return self.added(h, None, None if conv.bias is None else conv.bias[None])
         return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
@@ -84,7 +89,7 @@ class Fused:
     def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None, *, groups: int | None = None) -> Tensor:
         if shift is None:
             return PLAIN.added(h, x)
-        if not (takes(h) and (x is None or (takes(x) and x.shape == h.shape))) or self._plain():
+        if not (takes(h) and (x is None or (takes(x) and x.shape == h.shape))) or self._failed():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
         if x is None or groups is None:
             return PLAIN.added(shifted(h, shift), x)
@@ -102,21 +107,21 @@ class Fused:
     def joined(self, x: Tensor, kept: Tensor) -> Tensor:
         alike = x.dtype == kept.dtype and x.shape[2:] == kept.shape[2:] and len(x) % len(kept) == 0
         small = (x.shape[1] + kept.shape[1]) * (x.numel() // x.shape[1]) < 2**31
-        if not (takes(x) and takes(kept) and alike and small) or self._plain():
+        if not (takes(x) and takes(kept) and alike and small) or self._failed():
             return PLAIN.joined(x, kept)
         return joined(x, kept)
 
     def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        if not (takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape) or self._plain():
+        if not (takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape) or self._failed():
             return PLAIN.added_norm(h, x, norm)
         return h, layer_norm(h, norm, x)
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        taken = takes_tokens(x, norm) and not self._plain()
+        taken = takes_tokens(x, norm) and not self._failed()
         return layer_norm(x, norm, None) if taken else PLAIN.layer_norm(x, norm)
 
     def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
-        if not (computes(x) and x.is_contiguous()) or hooked(proj) or self._plain():
+        if not (computes(x) and x.is_contiguous()) or hooked(proj) or self._failed():
             return PLAIN.geglu(x, proj)
         whole = self._gated_products and products.takes(x, proj)
         return products.gated_product(x, proj) if whole else gated(proj(x))
@@ -125,7 +130,7 @@ class Fused:
         self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
     ) -> tuple[Tensor, Tensor, bool]:
         taken = takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape
-        if not taken or hooked(last) or last.bias is None or self._plain():
+        if not taken or hooked(last) or last.bias is None or self._failed():
             return *self.added_norm(h, x, norm), False
         return h, layer_norm(h, norm, x, last.bias), True
 
@@ -134,38 +139,6 @@ class Fused:
             return PLAIN.product_added(h, last, x, ahead)
         x.flatten(0, 1).addmm_(h.flatten(0, 1), last.weight.t())  # a passage over the sum less than if added after
         return x
-
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Compiles the kernels for a dtype, beside whatever the program does next; what compiles them may fail."""
-        if (device, dtype) not in self._prepared:
-            self._prepared[device, dtype] = job = threading.Thread(
-                target=self._compile, args=(device, dtype), daemon=True
-            )
-            job.start()
-
-    def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
-        try:
-            first, *others = runs(device, dtype, self._gated_products)
-            run_on(device, first)  # alone, since Triton itself starts with it
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compile") as pool:
-                list(pool.map(functools.partial(run_on, device), others))
-        except Exception as error:  # no compiler, no room for its files: many things that are not ours
-            self._failed = True
-            log.warning("Triton cannot compile kernels here, so PyTorch's own are used: %s", error)
-
-    def _plain(self) -> bool:
-        """Whether there are no kernels. Waits for those that are being compiled."""
-        for job in tuple(self._prepared.values()):
-            job.join()
-        return self._failed
-
-
-def run_on(device: torch.device, call: Callable[[], object]) -> None:
-    """Makes a call on a stream of its own, and waits for its end."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
-        call()
-    stream.synchronize()
 
 
 def computes(x: Tensor) -> bool:
@@ -309,38 +282,3 @@ def _gated(x, out, features, BLOCK: tl.constexpr):  # fmt: skip
     gate = tl.load(x + (row * 2 + 1) * features + column, mask=there, other=0.0).to(tl.float32)
     normal = 0.5 * (1.0 + tl.math.erf(gate * 0.7071067811865476))
     tl.store(out + row * features + column, (value * gate * normal).to(out.dtype.element_ty), mask=there)
-
-
-def runs(device: torch.device, dtype: torch.dtype, gated_products: bool) -> list[Callable[[], object]]:
-    """One call for each kernel and each set of its constants, for the sizes of Stable Diffusion's layers."""
-
-    def blank(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    def norm(channels: int) -> nn.GroupNorm:
-        return nn.GroupNorm(32, channels, device=device, dtype=dtype)
-
-    def small(channels: int) -> Callable[[], object]:
-        x = channels_last(channels, 8)
-        return lambda: normalised(x, torch.empty_like(x), norm(channels), True, None)
-
-    def layer(features: int) -> Callable[[], object]:
-        x, layer = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
-        return lambda: layer_norm(x, layer, None)
-
-    def channels_last(channels: int, side: int) -> Tensor:
-        return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
-
-    x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
-    weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
-    gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
-    return [
-        lambda: gated(tokens),
-        *map(small, (320, 640, 1280, 2560)),
-        lambda: group_norm(x, norm(320), True, None),
-        *map(layer, (320, 640, 1280)),
-        lambda: shifted(x, shift),
-        lambda: joined(x, x),
-        lambda: doubling.gathered(weight),
-        *([lambda: products.gated_product(*gate)] if gated_products else []),
-    ]

@@ -33,6 +33,7 @@ from russet.models.tiling import Tiling
 
 if TYPE_CHECKING:
     from russet.elementwise_triton import Fused
+    from russet.kernels_ahead import KernelsAhead
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 CACHE_LINE = 64  # bytes; torch's allocator begins all that it gives at a multiple of this
@@ -83,14 +84,21 @@ def compile_kernels(plan: Plan, device: torch.device) -> None:
     """Has kernels of ours compiled while weights are moved and read."""
     if plan["elementwise"] == "fused":
         for dtype in {plan.dtype("unet"), plan.dtype("vae")}:
-            fused_steps(plan["gated_products"], plan["doubling"] == "transposed").prepare(device, dtype_named(dtype))
+            kernels(plan["gated_products"], plan["doubling"] == "transposed").prepare(device, dtype_named(dtype))
 
 
 @functools.cache
 def fused_steps(gated_products: bool, transposed: bool) -> Fused:
     from russet.elementwise_triton import Fused  # Triton is there where the plan chose it
 
-    return Fused(silu, gated_products, transposed)
+    return Fused(silu, gated_products, transposed, kernels(gated_products, transposed).failed)
+
+
+@functools.cache
+def kernels(gated_products: bool, transposed: bool) -> KernelsAhead:
+    from russet.kernels_ahead import KernelsAhead
+
+    return KernelsAhead(gated_products, transposed)
 
 
 def set_environment(device: torch.device) -> None:

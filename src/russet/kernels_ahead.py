@@ -1,0 +1,96 @@
+"""Kernels written in Triton, compiled before a picture needs them: while weights are moved and read."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from russet import doubling_triton as doubling
+from russet import products_triton as products
+from russet.elementwise_triton import gated, joined, layer_norm, shifted
+from russet.group_norm_triton import group_norm, normalised
+
+log = logging.getLogger(__name__)
+
+
+class KernelsAhead:
+    """Compiles the kernels beside whatever the program does, and knows whether that failed."""
+
+    def __init__(self, gated_products: bool, transposed: bool) -> None:
+        self._wanted = gated_products, transposed
+        self._jobs: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
+        self._failed = False
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Begins to compile the kernels for a dtype; what compiles them may fail."""
+        if (device, dtype) not in self._jobs:
+            self._jobs[device, dtype] = job = threading.Thread(target=self._compile, args=(device, dtype), daemon=True)
+            job.start()
+
+    def failed(self) -> bool:
+        """Whether there are no kernels. Waits for those that are being compiled."""
+        for job in tuple(self._jobs.values()):
+            job.join()
+        return self._failed
+
+    def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
+        try:
+            first, *others = runs(device, dtype, *self._wanted)
+            run_on(device, first)  # alone, since Triton itself starts with it
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compile") as pool:
+                list(pool.map(functools.partial(run_on, device), others))
+        except Exception as error:  # no compiler, no room for its files: many things that are not ours
+            self._failed = True
+            log.warning("Triton cannot compile kernels here, so PyTorch's own are used: %s", error)
+
+
+def run_on(device: torch.device, call: Callable[[], object]) -> None:
+    """Makes a call on a stream of its own, and waits for its end."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+        call()
+    stream.synchronize()
+
+
+def runs(
+    device: torch.device, dtype: torch.dtype, gated_products: bool, transposed: bool
+) -> list[Callable[[], object]]:
+    """One call for each kernel and each set of its constants, for the sizes of Stable Diffusion's layers."""
+
+    def blank(*shape: int) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    def norm(channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(32, channels, device=device, dtype=dtype)
+
+    def small(channels: int) -> Callable[[], object]:
+        x = channels_last(channels, 8)
+        return lambda: normalised(x, torch.empty_like(x), norm(channels), True, None)
+
+    def layer(features: int) -> Callable[[], object]:
+        x, layer = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
+        return lambda: layer_norm(x, layer, None)
+
+    def channels_last(channels: int, side: int) -> Tensor:
+        return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+    x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
+    weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
+    return [
+        lambda: gated(tokens),
+        *map(small, (320, 640, 1280, 2560)),
+        lambda: group_norm(x, norm(320), True, None),
+        *map(layer, (320, 640, 1280)),
+        lambda: shifted(x, shift),
+        lambda: joined(x, x),
+        *([lambda: products.gated_product(*gate)] if gated_products else []),
+        *([lambda: doubling.gathered(weight)] if transposed else []),
+    ]
