@@ -166,6 +166,13 @@ def test_layer_norm_is_float32_where_half_precision_crashes():
     assert plan(on(torch="2.1.0"), published.sd15(safety_checker=False))["layer_norm"] == "native"
 
 
+def test_overflow_is_looked_for_where_nothing_has_to_wait_for_it():
+    assert plan(on(torch="2.1.2"), published.sd15(safety_checker=False))["looks"] == "at the end"
+    assert plan(on(torch="2.0.1"), published.sd15(safety_checker=False))["looks"] == "at once"
+    assert plan(gpu(), published.sd15())["looks"] == "one later"
+    assert plan(cpu(), published.sd15())["looks"] == "at once"
+
+
 def test_priming_is_for_torch_1_13_on_mps_alone():
     assert plan(on(torch="1.13.1"), published.sd15()).priming
     assert not plan(on(torch="2.0.1"), published.sd15(safety_checker=False)).priming

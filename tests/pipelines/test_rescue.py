@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import russet
+from russet.pipelines import rescue
 
 pytestmark = pytest.mark.cpu_half
 
@@ -74,6 +75,27 @@ def test_an_overflow_in_the_middle_goes_on_from_the_last_good_latents(half: Any,
     assert len(output.notes) == 2
     assert calls[0] not in calls[7:], "the first steps were good and must not be made again"
     assert psnr(wanted, output.images) > 25
+
+
+@pytest.mark.parametrize(
+    ("reads", "told"),
+    [
+        ("at once", [(True, 5), (True, 10), (False, 10)]),
+        ("one later", [(True, 0), (True, 5), (True, 10), (False, 10)]),
+        ("at the end", [(True, 0), (True, 0), (True, 0), (True, 0), (False, 10)]),
+    ],
+)
+def test_a_look_is_told_when_it_is_due_and_the_last_good_place_is_known(reads: str, told: list[Any]) -> None:
+    good, bad = torch.ones(2), torch.tensor([1.0, float("inf")])
+    places = [rescue.Good(step, good if step <= 10 else bad, []) for step in (0, 5, 10, 15, 20)]
+    watch, found = rescue.Watch(places[0], reads, trusted=True), []
+    for place in places[1:]:
+        found.append((watch.see(place), watch.good.step))
+        if not found[-1][0]:
+            break
+    else:
+        found.append((watch.end(bad), watch.good.step))
+    assert found == told
 
 
 def test_the_noise_of_a_repeated_step_is_the_same_noise(half: Any, psnr: Any) -> None:
