@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import russet
+from russet.pipelines.graphs import Graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -252,3 +254,20 @@ def test_recordings_follow_the_prompt_the_size_and_the_weights(psnr: Any) -> Non
     pipe.disable_fast_paths()
     plain = story()
     assert [psnr(a, b) >= 50 for a, b in zip(plain, recorded, strict=True)] == [True] * len(plain)
+
+
+def test_a_recording_keeps_nothing_that_it_was_given() -> None:
+    graphs = Graphs()
+
+    def doubled(x: torch.Tensor) -> list[float]:
+        (found,) = graphs.run("doubled", lambda x: (2 * x,), [x])
+        return [float(value) for value in found]
+
+    for value in range(5):  # the first is no recording, and each later one may lie where the one before it lay
+        x = torch.full((2,), float(value), device="cuda")
+        assert doubled(x) == [2 * value, 2 * value]
+    x.add_(1)
+    assert doubled(x) == [10, 10]
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None

@@ -14,6 +14,7 @@ from russet.elementwise import Plain
 from russet.errors import InputError
 from russet.models import sums
 from russet.models.resnet import Resnet, ResnetStyle
+from russet.models.spare import Spare
 from russet.models.transformer import MultiHeadAttention
 from russet.models.unet import UNet2DConditionModel
 
@@ -274,6 +275,6 @@ def test_a_shortcut_within_a_product_reads_its_map_before_it_is_overwritten(rand
     x = randn(2, 4, 6, 6)
     expected = block(x)
     block.steps = Overwriting()
-    torch.testing.assert_close(block(x.clone(), spare=True), expected)
+    torch.testing.assert_close(block(Spare(x.clone())), expected)
     block.lay_sums(2)
-    torch.testing.assert_close(block(x.clone(), spare=True), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(block(Spare(x.clone())), expected, rtol=1e-5, atol=1e-5)

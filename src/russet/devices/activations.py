@@ -80,7 +80,7 @@ class Arithmetic:
     by channels, as CUDA's does, and what follows puts it together again. gated: large gated layers gate what they make.
     summed: sums are parts of products, and what went into a step of a transformer's block is free after it. absorbed:
     the text is multiplied into weights. winograd: 3×3 convolutions are computed in Winograd's way, where it pays.
-    transposed: those of doubled maps are transposed ones, where it pays.
+    transposed: those of doubled maps are transposed ones, where it pays. reuses: norms take the place of spare maps.
     """
 
     width: int = 4
@@ -92,6 +92,7 @@ class Arithmetic:
     absorbed: bool = False
     winograd: bool = False
     transposed: bool = False
+    reuses: bool = False
 
 
 @dataclass
@@ -121,8 +122,15 @@ class Walk:
         taken = self.how.winograd and pays(*sizes)
         return room(*sizes, doubled=doubled).size * self.how.width if taken else None
 
-    def resnet(self, area: int, x: int, out: int, held: bool = False) -> None:
-        """norm and convolution, twice; activations and sums work in place. ``held``: its input is counted elsewhere."""
+    def resnet(self, area: int, x: int, out: int, held: bool = False, spare: bool = False) -> None:
+        """norm and convolution, twice; activations and sums work in place.
+
+        held: its input is counted elsewhere. spare: nothing else needs its input, which is free once it is convolved.
+        """
+        if spare and self.how.reuses and x != out:
+            self.moment(x, 2 * out)  # normed, what passes by, and what comes of the first convolution
+            self.moment(3 * out)  # … which is normed, and what comes of the second
+            return
         beside = 0 if held else x
         again = 2 if self.how.reordered else 1
         self.norm(beside, x)
@@ -210,29 +218,24 @@ def way_down(walk: Walk, u: UNetSizes, areas: list[int]) -> list[int]:
 
 
 def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int) -> None:
-    """Each level's input, ``x``, lives until the level ends; each residual block sees one more of the maps."""
-    entering = x
+    """Each residual block sees one more of the maps, joined to ``x``; the middle's lives until the end."""
+    bottom = len(areas) - 1
     for level in reversed(range(len(areas))):
         channels = u.channels[level]
         out = walk.map(areas[level], channels)
         for place, depth in enumerate(u.up[level]):
-            current = x if place else 0  # at first it is the level's input, which is held already
             skip = skips.pop()
             joined = (x or skip) + skip
-            walk.moment(current, joined)
-            walk.held -= skip
-            walk.held += current
-            walk.resnet(areas[level], joined, out)
-            walk.held -= current
+            walk.moment(x if place or level < bottom else 0, joined)  # the middle's is held already
+            walk.held -= skip if x else 0  # where there is no middle, it is what the way up began with
+            walk.resnet(areas[level], joined, out, spare=True)
             if depth is not None:
                 walk.transformer(areas[level], channels, u.heads[level], depth)
             x = out
         if level:
             walk.upsample(x, channels, areas[level - 1])
             x = walk.map(areas[level - 1], channels)
-        walk.held += x - entering
-        entering = x
-    walk.norm(0, x)
+    walk.norm(x, x)
 
 
 def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
@@ -247,7 +250,7 @@ def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     walk.held -= x
     for level in reversed(range(len(v.channels))):
         out = walk.map(area, v.channels[level])
-        walk.resnet(area, x, out)
+        walk.resnet(area, x, out, spare=True)
         walk.resnet(area, out, out)
         if level:
             x, area = 4 * out, 4 * area

@@ -82,6 +82,7 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
             composed=found["group_norm"] == "composed",
             reordered=reordered(found),
             winograd=found["convolutions"] == "winograd" and found.dtype(component) == "float32",
+            reuses=found["elementwise"] == "fused" and found.offload != "sequential",
             transposed=found["doubling"] == "transposed",
             gated=found["gated_products"],
             summed=found["residual_sums"] != "apart",

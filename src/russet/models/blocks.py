@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
+from russet.models.spare import Spare, taken
 from russet.models.text import Text
 from russet.models.transformer import SpatialTransformer
 from russet.models.unet_config import Level, UNetConfig
@@ -70,14 +71,17 @@ class UpBlock(Stepping):
         self.upsamplers = nn.ModuleList([Upsample(level.channels)] if upsample else [])
 
     def forward(
-        self, x: Tensor, skips: list[Tensor], time: Time, text: Text, start: int = 0, end: int | None = None
+        self, given: Tensor | Spare, skips: list[Tensor], time: Time, text: Text, start: int = 0, end: int | None = None
     ) -> Tensor:
         """Takes its maps from the end of ``skips``; what is left there gives the size to upsample to.
 
         ``start`` and ``end`` are those of a slice of its residual blocks; one that ends early does not upsample.
         """
+        x = taken(given)
         for i, resnet in list(enumerate(self.resnets))[start:end]:
-            x = resnet(self.steps.joined(x, skips.pop()), time, spare=True)
+            joined = Spare(self.steps.joined(x, skips.pop()))
+            del x  # before the level's widest moment
+            x = joined.into(resnet, time)
             if len(self.attentions) > 0:
                 x = self.attentions[i](x, text)
         if end is not None and end < len(self.resnets):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.elementwise import convolution, resized
+from russet.elementwise import convolution, hooked, resized
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Stepping
 from russet.models.embeddings import paired
+from russet.models.spare import Spare, taken
 from russet.models.sums import Summing, shortcut_sum
 
 
@@ -79,22 +80,23 @@ class Resnet(Summing, Stepping):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x: Tensor, time: Time | None = None, *, spare: bool = False) -> Tensor:
-        """From [B, Cin, h, w] and the time to [B, Cout, h, w]. ``spare``: the caller has no more use for ``x``."""
+    def forward(self, given: Tensor | Spare, time: Time | None = None) -> Tensor:
+        """From [B, Cin, h, w] and the time to [B, Cout, h, w]."""
         # What is overwritten below is a convolution's or a norm's own output, which neither needs for its gradient.
-        steps = self.steps
+        steps, x = self.steps, taken(given)
         told, whole = (None, False) if time is None else time.shift(self.time_emb_proj)
         summed = self.sums is not None and len(self.sums.weight) == len(x)
-        spare = spare and steps.reuses and self.conv_shortcut is not None and not summed
+        spare = isinstance(given, Spare) and steps.reuses and not summed and self._hidden(self.conv_shortcut)
         beside = self._beside(x) if spare else None  # early, so that the norm can take the memory of x
         h = steps.normed(x, self.norm1, self.act, spare=spare)
+        x = x if beside is None else beside  # what is spare is free once it is convolved
         if self.scale_shift and told is not None:
             h = steps.normed(convolution(steps, h, self.conv1), self.norm2)
             scale, shift = told[:, :, None, None].chunk(2, dim=1)
             h = self.act(h * (1 + scale) + shift)
         else:
             h, rest = steps.convolved(h, self.conv1, told, whole=whole)
-            h = steps.normed(h, self.norm2, self.act, rest)
+            h = steps.normed(h, self.norm2, self.act, rest, spare=self._hidden(self.conv1))
         if summed:
             h = self.sums.added(h, x)
         else:
@@ -106,6 +108,11 @@ class Resnet(Summing, Stepping):
     def _beside(self, x: Tensor) -> Tensor:
         """What the result is added to."""
         return x if self.conv_shortcut is None else convolution(self.steps, x, self.conv_shortcut)
+
+    @staticmethod
+    def _hidden(conv: nn.Conv2d | None) -> bool:
+        """Whether there is such a convolution, and nobody else sees what goes through it and may keep that."""
+        return conv is not None and not hooked(conv)
 
     def lay_sums(self, copies: int | None) -> None:
         self.sums = None if copies is None else shortcut_sum(self.conv2, self.conv_shortcut, copies)

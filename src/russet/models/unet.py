@@ -14,6 +14,7 @@ from russet.models.base import Stepping, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
+from russet.models.spare import Spare
 from russet.models.text import Text
 from russet.models.together import TimeTogether, Together
 from russet.models.transformer import MultiHeadAttention, TransformerBlock
@@ -183,7 +184,9 @@ class UNet2DConditionModel(Conditioned, Stepping):
         """Through the residual blocks of the way up from ``start`` to before ``end``, counted over all levels."""
         for block, count in zip(self.up_blocks, self.up_counts, strict=True):
             if start < count and (end is None or end > 0):
-                x = block(x, maps, time, text, start, end)
+                given = Spare(x)
+                del x
+                x = given.into(block, maps, time, text, start, end)
             start, end = max(0, start - count), None if end is None else max(0, end - count)
         return x
 

@@ -7,10 +7,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from russet.elementwise import convolution
+from russet.elementwise import convolution, hooked
 from russet.models.activations import silu
 from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Upsample
+from russet.models.spare import Spare
 from russet.models.text import Text
 from russet.models.transformer import MultiHeadAttention, to_map, to_tokens
 from russet.models.vae_config import VAEConfig
@@ -60,8 +61,14 @@ class Decoder(Stepping):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(convolution(self.steps, z, self.conv_in))
+        watched = any(hooked(module) for module in self.modules())  # by one who may keep what a layer gave
         for layer in layers_of(self.up_blocks):
-            x = layer(x, spare=True) if isinstance(layer, Resnet) else layer(x)
+            if isinstance(layer, Resnet) and not watched:
+                given = Spare(x)
+                del x
+                x = given.into(layer)
+            else:
+                x = layer(x)
         return convolution(self.steps, self.steps.normed(x, self.conv_norm_out, silu), self.conv_out)
 
 

@@ -10,6 +10,7 @@ out, so that callers notice nothing.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class Recording:
 
     def __init__(self, call: Call, inputs: Sequence[Tensor], pool: Any) -> None:
         self._inputs = [x.clone() for x in inputs]
-        self._given = [(x, x._version) for x in inputs]
+        self._given = [(weakref.ref(x), x._version) for x in inputs]  # not kept: a prompt's keys and values are large
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._outputs = call(*self._inputs)
@@ -39,9 +40,9 @@ class Recording:
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for i, x in enumerate(inputs):
             before, version = self._given[i]
-            if x is not before or x._version != version:  # the text is the same in all steps
+            if x is not before() or x._version != version:  # the text is the same in all steps
                 self._inputs[i].copy_(x)
-                self._given[i] = x, x._version
+                self._given[i] = weakref.ref(x), x._version
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
 
