@@ -25,7 +25,7 @@ def _without_gradients():
 
 @pytest.fixture(params=["whole", "in parts"])
 def way(request, monkeypatch):
-    """One kernel, a program for each group, or two, for parts and for what is made of their sums."""
+    """One program for each group, or three kernels that share the work."""
     monkeypatch.setattr(group_norm_triton, "WHOLE", 0 if request.param == "in parts" else 2**20)
     return request.param
 
@@ -67,31 +67,31 @@ def test_values_far_from_zero_lose_no_variance(way):
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(320, 32), (640, 32), (128, 32), (96, 32), (200, 100), (150, 75)])
-def test_groups_of_many_sizes_meet_blocks_of_channels(channels, groups):
-    norm, shift = norm_of(nn.GroupNorm, groups, channels), made(2, channels, seed=3)
-    x = made(2, channels, 9, 31)
-    expected = norm(x + shift[:, :, None, None])
-    found = group_norm_triton.group_norm(x, norm, False, shift)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(found, group_norm_triton.group_norm(x, norm, False, shift))
-
-
 @pytest.mark.parametrize("programs", [1, 2**20])
 def test_how_many_programs_share_a_norm_is_free(programs, monkeypatch):
     x, norm = made(2, 64, 40, 45, offset=3.0), norm_of(nn.GroupNorm, 8, 64)
-    monkeypatch.setattr(group_norm_triton, "SUMMING", programs)
-    monkeypatch.setattr(group_norm_triton, "APPLYING", programs)
+    monkeypatch.setattr(group_norm_triton, "PROGRAMS", programs)
     monkeypatch.setattr(group_norm_triton, "LEAST", 1)
     found = group_norm_triton.group_norm(x, norm, True, None)
     torch.testing.assert_close(found, silu(norm(x)), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_added_to_a_map_after_its_norm_is_not_normalised():
+    x, later, norm = made(2, 40, 9, 13), made(40, seed=1), norm_of(nn.GroupNorm, 8, 40)
+    normed, total = norm(x), x + later[:, None, None]
+    found = group_norm_triton.group_norm(x, norm, False, None, later=later)
+    torch.testing.assert_close(found, normed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x, total)
+
+
 @pytest.mark.parametrize(("channels", "more", "rows"), [(320, 64, 2), (20, 12, 1), (130, 127, 4)])
 def test_joined_maps_are_those_of_pytorch(channels, more, rows):
     x, kept = made(4, channels, 5, 9), made(rows, more, 5, 9, seed=1)
-    found = elementwise_triton.joined(x, kept)
+    found, sums = group_norm_triton.joined(x, kept)
     assert torch.equal(found, torch.cat([x, kept.repeat(4 // rows, 1, 1, 1)], dim=1))
+    norm = norm_of(nn.GroupNorm, 1, channels + more)
+    normed = group_norm_triton.group_norm(found, norm, False, None, told=sums)
+    torch.testing.assert_close(normed, norm(found), rtol=1e-4, atol=1e-4)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -105,40 +105,32 @@ def test_maps_that_do_not_fit_together_are_joined_or_refused_by_pytorch(monkeypa
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_a_shift_alone_is_added_in_place(rows):
-    h, shift = made(2, 20, 5, 9), made(rows, 20, seed=2)
-    expected = h + shift[:, :, None, None]
-    assert elementwise_triton.shifted(h, shift) is h
+@pytest.mark.parametrize("alone", [True, False])
+def test_sums_with_a_shift_are_those_of_pytorch_and_so_are_their_norms(rows, alone):
+    h, shift, norm = made(2, 20, 9, 29), made(rows, 20, seed=2), norm_of(nn.GroupNorm, 5, 20)
+    x = None if alone else made(2, 20, 9, 29, seed=1, offset=7.0)
+    expected = h + shift[:, :, None, None] + (0 if x is None else x)
+    sums = group_norm_triton.shifted_sum(h, x, shift)
     torch.testing.assert_close(h, expected)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("groups", [1, 5])
-def test_sums_with_a_shift_are_those_of_pytorch_and_so_are_their_norms(rows, groups):
-    h, x, shift = made(2, 20, 9, 29), made(2, 20, 9, 29, seed=1, offset=7.0), made(rows, 20, seed=2)
-    expected, norm = h + shift[:, :, None, None] + x, norm_of(nn.GroupNorm, groups, 20)
-    sums = group_norm_triton.group_sums(h, groups, shift, x)
-    torch.testing.assert_close(h, expected)
-    found = group_norm_triton.group_norm(h, norm, False, None, told=sums)
-    torch.testing.assert_close(found, norm(expected), rtol=1e-4, atol=1e-4)
+    found = group_norm_triton.group_norm(h, norm, False, shift, told=sums)
+    torch.testing.assert_close(found, norm(expected + shift[:, :, None, None]), rtol=1e-4, atol=1e-4)
 
 
 def test_sums_are_told_to_the_norm_that_follows_unless_the_map_has_changed(monkeypatch):
     monkeypatch.setattr(elementwise_triton, "computes", lambda x: True)  # in the interpreter too
-    steps, x, shift, norm = Fused(silu, False), made(2, 20, 9, 9), made(1, 20, seed=2), norm_of(nn.GroupNorm, 4, 20)
+    steps, x, shift, norm = Fused(silu, False), made(2, 40, 9, 9), made(1, 40, seed=2), norm_of(nn.GroupNorm, 4, 40)
 
-    def total(groups: int | None = 4) -> torch.Tensor:
-        return steps.added(made(2, 20, 9, 9, seed=1), x, shift, groups=groups)
+    def total() -> torch.Tensor:
+        return steps.added(made(2, 40, 9, 9, seed=1), x, shift)
 
-    def is_told(h: torch.Tensor) -> bool:
+    def is_told(h: torch.Tensor, norm: nn.Module = norm) -> bool:
         h.data.mul_(3)  # which counts as no change, so that the sums of before show
         return not torch.allclose(steps.normed(h, norm), norm(h), rtol=1e-4, atol=1e-4)
 
     h = total()
     assert is_told(h)
     assert not is_told(h)  # once
-    assert not is_told(total(groups=5))
-    assert not is_told(total(groups=None))
+    assert is_told(steps.joined(x, h), norm_of(nn.GroupNorm, 4, 80))
     assert not is_told(total().mul_(2))
     kept = total()
     assert not is_told(x)

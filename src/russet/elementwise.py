@@ -59,8 +59,8 @@ class Elementwise(Protocol):
         """``conv`` of a map [B, C, h, w] whose every pixel is taken as 2×2 equal ones."""
         ...
 
-    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None, *, groups: int | None = None) -> Tensor:
-        """``h + shift + x`` for maps [B, C, h, w]; ``groups``: of the norm that is likely to read the result next."""
+    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+        """``h + shift + x`` for maps [B, C, h, w]."""
         ...
 
     def joined(self, x: Tensor, kept: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Plain:
     def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
 
-    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None, *, groups: int | None = None) -> Tensor:
+    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
         assert shift is None, "nothing is left to add"
         return h if x is None else h.add_(x)
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from russet import doubling_triton as doubling
 from russet import products_triton as products
 from russet.elementwise import PLAIN, Activation, hooked, resized
-from russet.group_norm_triton import Sums, group_norm, group_sums
+from russet.group_norm_triton import Sums, group_norm, joined, shifted_sum
 
-ROWS, COLUMNS = 32, 128
-"""Positions and channels of a map that one program takes."""
+FEW = 32
+"""Channels below which positions are too short in memory for the kernels that add to a map, as where a picture ends."""
 
 
 class Fused:
@@ -64,8 +64,7 @@ class Fused:
         known = act in (None, self._silu) and type(norm) is nn.GroupNorm and not hooked(norm)
         if not known or not takes(x) or self._failed():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
-        told = self._sums_of(x, norm.num_groups) if shift is None else None
-        return group_norm(x, norm, act is not None, shift, spare, told)
+        return group_norm(x, norm, act is not None, shift, spare, self._sums_of(x))
 
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
@@ -86,30 +85,30 @@ class Fused:
             return self.added(h, None, None if conv.bias is None else conv.bias[None])
         return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
 
-    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None, *, groups: int | None = None) -> Tensor:
+    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
         if shift is None:
             return PLAIN.added(h, x)
-        if not (takes(h) and (x is None or (takes(x) and x.shape == h.shape))) or self._failed():
+        fits = takes(h) and (x is None or (takes(x) and x.shape == h.shape)) and h.shape[1] >= FEW
+        if not fits or self._failed():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
-        if x is None or groups is None:
-            return PLAIN.added(shifted(h, shift), x)
-        sums = group_sums(h, groups, shift, x)
-        self._told = None if h.is_inference() else (weakref.ref(h), h._version, sums)
-        return h
-
-    def _sums_of(self, x: Tensor, groups: int) -> Sums | None:
-        """What ``added`` told of its last result, if that is the map, and nothing has changed it since."""
-        told, self._told = self._told, None
-        if told is None or told[0]() is not x or told[1] != x._version:
-            return None
-        return told[2] if told[2].numbers.shape[-1] == groups else None
+        return self._telling(h, shifted_sum(h, x, shift))
 
     def joined(self, x: Tensor, kept: Tensor) -> Tensor:
         alike = x.dtype == kept.dtype and x.shape[2:] == kept.shape[2:] and len(x) % len(kept) == 0
         small = (x.shape[1] + kept.shape[1]) * (x.numel() // x.shape[1]) < 2**31
         if not (takes(x) and takes(kept) and alike and small) or self._failed():
             return PLAIN.joined(x, kept)
-        return joined(x, kept)
+        return self._telling(*joined(x, kept))
+
+    def _telling(self, x: Tensor, sums: Sums) -> Tensor:
+        """A map that was just written, whose sums the next norm may want."""
+        self._told = None if x.is_inference() else (weakref.ref(x), x._version, sums)
+        return x
+
+    def _sums_of(self, x: Tensor) -> Sums | None:
+        """The sums of the map that was written last, if that is it, and nothing has changed it since."""
+        told, self._told = self._told, None
+        return told[2] if told is not None and told[0]() is x and told[1] == x._version else None
 
     def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         if not (takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape) or self._failed():
@@ -161,64 +160,6 @@ def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
 #
 # A kernel is compiled for each combination of its constants, a third of a second each. So what varies from layer to
 # layer is an argument: where a constant would save a few operations, memory is what these kernels wait for.
-
-
-def shifted(h: Tensor, shift: Tensor) -> Tensor:
-    """``h + shift`` for a map [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``."""
-    batch, channels, height, width = h.shape
-    area, stride = height * width, channels if len(shift) > 1 else 0
-    _shifted[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
-        h, shift.contiguous(), area, channels, stride, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
-    )
-    return h
-
-
-@triton.jit(do_not_specialize=["shift_stride"])
-def _shifted(
-    h, shift, area, channels, shift_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """One program: some channels at some positions of one row."""
-    row = tl.program_id(2)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = channel < channels
-    mask = (place < area)[:, None] & there[None, :]
-    at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
-    values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
-    values += tl.load(shift + row * shift_stride + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-    tl.store(h + at, values.to(h.dtype.element_ty), mask=mask)
-
-
-def joined(x: Tensor, kept: Tensor) -> Tensor:
-    """The channels of two maps [B, C, h, w] and [b, c, h, w] one after another, the rows of the second repeated."""
-    batch, channels, height, width = x.shape
-    area, both = height * width, channels + kept.shape[1]
-    out = x.new_empty(batch, height, width, both).permute(0, 3, 1, 2)
-    _joined[(triton.cdiv(area, ROWS), triton.cdiv(both, COLUMNS), batch)](
-        x, kept, out, area, channels, kept.shape[1], len(kept), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
-    )
-    return out
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _joined(
-    x, kept, out, area, channels, more, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """One program: some channels of the result at some positions of one row, mostly out of one of the maps."""
-    row = tl.program_id(2)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside, first = (place < area)[:, None], (channel < channels)[None, :]
-    there = (channel < channels + more)[None, :]
-    at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
-    values = tl.load(x + at, mask=inside & first, other=0.0)
-    at = (row % rows).to(tl.int64) * area * more + place[:, None] * more + (channel - channels)[None, :]
-    values = tl.where(
-        first, values, tl.load(kept + at, mask=inside & there & (channel >= channels)[None, :], other=0.0)
-    )
-    whole = channels + more
-    at = row.to(tl.int64) * area * whole + place[:, None] * whole + channel[None, :]
-    tl.store(out + at, values, mask=inside & there)
 
 
 def layer_norm(h: Tensor, norm: nn.LayerNorm, x: Tensor | None, shift: Tensor | None = None) -> Tensor:

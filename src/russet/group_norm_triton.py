@@ -1,8 +1,8 @@
 """Group normalisation (arXiv:1803.08494) with what is added before it and the activation after it, in Triton.
 
-Maps are channels-last: [B, h, w, C] in memory. Sums are float32 whatever the maps are. A small map is normalised by
-one kernel, a program for each group of each row. Of a larger one a kernel sums up parts, and a second gathers the sums
-and applies them: three passes over the memory, at its speed.
+Maps are channels-last: [B, h, w, C] in memory. Sums are float32 whatever the maps are. Few small groups are normalised
+by one kernel, a program for each. Else three kernels share the work: sums of each channel, which whatever writes a map
+can give along with it, what they make of each group, and what that makes of the map.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-incomplete-defs
@@ -18,43 +18,60 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-WHOLE = 256
-"""Positions up to which one program normalises a whole group, in two readings that the cache serves."""
+WHOLE, GROUPS = 256, 256
+"""Positions and groups, in all rows, up to which one program normalises a whole group, in two readings.
+
+The cache serves the second. Beyond, three kernels are quicker: 13.8 instead of 29.9 µs for two maps of 320×64×64, 38.5
+instead of 73.7 for thirty-two of 1280×16×16 (H100, float16).
+"""
 
 ROWS, COLUMNS = 32, 128
-"""Positions and channels of a map that one program of the other way takes at a time."""
+"""Positions and channels of a map that one program normalises at a time."""
 
-LEAST, SUMMING, APPLYING = 4, 1024, 2048
-"""Times ``ROWS`` that a program sums up at least; and how many programs to each kernel are enough for any GPU."""
+PLACES, CHANNELS, STAGES = 32, 64, 3
+"""Positions and channels that one program sums up at a time, and how many readings it has under way."""
 
-PARTS, GROUPS = 32, 32
-"""Parts and groups that are gathered at a time."""
+LEAST, PROGRAMS = 4, 1024
+"""Times ``PLACES`` that it sums up at least, and how many such programs are enough for any GPU."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Of each part of each group the mean, and the sum of squared distances from it.
+    """Of each part of each channel the mean, and the sum of squared distances from it.
 
     Attributes:
-        numbers: [B, parts, 2, groups].
-        step: times ``ROWS`` positions to a part.
+        numbers: [B, parts, 2, C].
+        places: positions to a part.
     """
 
     numbers: Tensor
-    step: int
+    places: int
 
 
 def group_norm(
-    x: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None, spare: bool = False, told: Sums | None = None
+    x: Tensor,
+    norm: nn.GroupNorm,
+    silu: bool,
+    shift: Tensor | None,
+    spare: bool = False,
+    told: Sums | None = None,
+    later: Tensor | None = None,
 ) -> Tensor:
     """Group normalisation of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare.
 
-    told: the sums of ``x + shift``, if they are known.
+    told: the sums of ``x``, if they are known. later: what is added to ``x`` itself [C] when it has been read.
     """
     out = x if spare else torch.empty_like(x)
-    if told is None and x.shape[2] * x.shape[3] <= WHOLE:
+    small = x.shape[2] * x.shape[3] <= WHOLE and len(x) * norm.num_groups <= GROUPS
+    if small and told is None and later is None:
         return normalised(x, out, norm, silu, shift)
-    return applied(x, out, told or group_sums(x, norm.num_groups, shift), norm, silu, shift)
+    return applied(x, out, lines(x, told or channel_sums(x), norm, shift), silu, later)
+
+
+def norm_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
+    """What the kernels that know a group are told: weights, shift, and sizes."""
+    channels, area = x.shape[1], x.shape[2] * x.shape[3]
+    return norm.weight, norm.bias, *shift_arguments(x, shift), area, channels, channels // norm.num_groups, norm.eps
 
 
 def shift_arguments(x: Tensor, shift: Tensor | None) -> tuple[Tensor, int, int]:
@@ -62,13 +79,6 @@ def shift_arguments(x: Tensor, shift: Tensor | None) -> tuple[Tensor, int, int]:
     if shift is None:
         return x, 0, 0  # any address will do where none is read
     return shift.contiguous(), x.shape[1] if len(shift) > 1 else 0, x.shape[1]
-
-
-def norm_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
-    """What the kernels that normalise are told: weights, shift, and sizes."""
-    channels, area = x.shape[1], x.shape[2] * x.shape[3]
-    size = channels // norm.num_groups
-    return norm.weight, norm.bias, *shift_arguments(x, shift), area, channels, size, norm.eps
 
 
 def normalised(x: Tensor, out: Tensor, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
@@ -80,34 +90,56 @@ def normalised(x: Tensor, out: Tensor, norm: nn.GroupNorm, silu: bool, shift: Te
     return out
 
 
-def group_sums(h: Tensor, groups: int, shift: Tensor | None, x: Tensor | None = None) -> Sums:
-    """The sums of ``h + shift`` [B, C, h, w]; or of ``h + shift + x``, which is put into ``h`` then."""
-    batch, channels, height, width = h.shape
-    area, size = height * width, channels // groups
-    wide = size * max(1, min(COLUMNS // size, GROUPS))  # whole groups
-    unit = 8 if wide % 8 == 0 else 1
-    blocks = triton.cdiv(channels, wide)
-    step = max(LEAST, area * batch * blocks // (ROWS * SUMMING))
-    parts = triton.cdiv(area, ROWS * step)
-    sums = torch.empty(batch, parts, 2, groups, dtype=torch.float32, device=h.device)
-    _sum_groups[(parts, blocks, batch)](
-        h, h if x is None else x, sums, *shift_arguments(h, shift), area, channels, size, 0 if x is None else area,
-        wide // unit, parts, step,
-        ROWS=ROWS, COLUMNS=max(COLUMNS, triton.next_power_of_2(wide)), GROUPS=GROUPS, UNIT=unit, num_warps=4,
-    )  # fmt: skip
-    return Sums(sums, step)
+def channel_sums(x: Tensor) -> Sums:
+    """The sums of a map [B, C, h, w]."""
+    return _summed(x, x, None, None, 0, 0)
 
 
-def applied(x: Tensor, out: Tensor, sums: Sums, norm: nn.GroupNorm, silu: bool, shift: Tensor | None) -> Tensor:
-    """The norm by these sums, and the activation."""
+def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> Sums:
+    """``h + shift + x`` for maps [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``; gives its sums."""
+    return _summed(h, h, shift, x, 0, h.shape[1])
+
+
+def joined(x: Tensor, kept: Tensor) -> tuple[Tensor, Sums]:
+    """The channels of [B, C, h, w] and [b, c, h, w] one after another, rows of the second repeated; and its sums."""
     batch, channels, height, width = x.shape
-    area, size, blocks = height * width, channels // norm.num_groups, triton.cdiv(channels, COLUMNS)
-    taken = max(1, area * batch * blocks // (ROWS * APPLYING))
-    met = COLUMNS // size if COLUMNS % size == 0 else (COLUMNS - 2) // size + 2  # groups in a block of columns
-    _apply_sums[(triton.cdiv(area, ROWS * taken), blocks, batch)](
-        x, out, sums.numbers, *norm_arguments(x, norm, shift), norm.num_groups, sums.numbers.shape[1], ROWS * sums.step,
-        taken, int(silu),
-        ROWS=ROWS, COLUMNS=COLUMNS, GROUPS=max(GROUPS, triton.next_power_of_2(met)), PARTS=PARTS, num_warps=4,
+    out = x.new_empty(batch, height, width, channels + kept.shape[1]).permute(0, 3, 1, 2)
+    return out, _summed(out, x, None, kept, channels, out.shape[1])
+
+
+def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, first: int, written: int) -> Sums:
+    """Sums of what has ``h + shift`` in its first channels, and ``x`` from channel ``first`` on; put into ``out``."""
+    batch, channels, height, width = out.shape
+    area, blocks = height * width, triton.cdiv(channels, CHANNELS)
+    step = max(LEAST, area * batch * blocks // (PLACES * PROGRAMS))
+    parts = triton.cdiv(area, PLACES * step)
+    sums = torch.empty(batch, parts, 2, channels, dtype=torch.float32, device=out.device)
+    more, rows = (0, 1) if x is None else (x.shape[1], len(x))
+    _sum_channels[(parts, blocks, batch)](
+        out, h, h if x is None else x, sums, *shift_arguments(h, shift), area, channels, h.shape[1], first, more, rows,
+        written, parts, step, PLACES=PLACES, CHANNELS=CHANNELS, STAGES=STAGES, num_warps=4,
+    )  # fmt: skip
+    return Sums(sums, PLACES * step)
+
+
+def lines(x: Tensor, sums: Sums, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:
+    """What each channel is multiplied by, and what is added then: [B, 2, C]."""
+    batch, parts, _, channels = sums.numbers.shape
+    line = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+    wide = max(64, triton.next_power_of_2(channels // norm.num_groups))
+    _line_of_group[(norm.num_groups, batch)](
+        sums.numbers, line, *norm_arguments(x, norm, shift), parts, sums.places, WIDE=wide, BLOCK=32, num_warps=4
+    )
+    return line
+
+
+def applied(x: Tensor, out: Tensor, line: Tensor, silu: bool, later: Tensor | None = None) -> Tensor:
+    """Each channel times a number, plus another, and the activation; ``later`` [C] is added to ``x``."""
+    batch, channels, height, width = x.shape
+    area = height * width
+    _apply_line[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
+        x, out, line, x if later is None else later, area, channels, 0 if later is None else channels, int(silu),
+        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -149,88 +181,98 @@ def _normalise_group(
         tl.store(out + start + at, values.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["shift_stride", "shifted", "size", "both", "units", "parts", "step"])
-def _sum_groups(
-    h, x, sums, shift, shift_stride, shifted, area, channels, size, both, units, parts, step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, UNIT: tl.constexpr,
+@triton.jit(do_not_specialize=["shift_stride", "shifted", "rows", "parts", "step"])
+def _sum_channels(
+    out, h, x, sums, shift, shift_stride, shifted, area, channels, own, second, more, rows, written, parts, step,
+    PLACES: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: mean and sum of squared distances from it, of some whole groups over some positions of one row."""
+    """One program: mean and sum of squared distances from it, of some channels over some positions of one row."""
     part, row = tl.program_id(0), tl.program_id(2)
-    wide = units * UNIT  # so that the compiler knows how many channels can be read at once
-    column = tl.arange(0, COLUMNS)
-    channel = tl.program_id(1) * wide + column
-    there = (column < wide) & (channel < channels)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    there = channel < channels
+    given = (channel >= second) & (channel < second + more)
+    start = row.to(tl.int64) * area
+    h += start * own + channel
+    x += (row % rows).to(tl.int64) * area * more + (channel - second)
+    out += start * channels + channel
+    first = part * step * PLACES
     added = tl.load(shift + row * shift_stride + channel, mask=channel < shifted, other=0.0).to(tl.float32)
-    start = row.to(tl.int64) * area * channels
-    first = part * step * ROWS
-    pivot = tl.load(x + start + first * channels + channel, mask=there, other=0.0).to(tl.float32) + added
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(step):
-        place = first + i * ROWS + tl.arange(0, ROWS)
-        mask = (place < area)[:, None] & there[None, :]
-        summed = mask & (place < both)[:, None]
-        at = start + place[:, None] * channels + channel[None, :]
-        values = tl.load(h + at, mask=mask, other=0.0).to(tl.float32) + added[None, :]
-        values += tl.load(x + at, mask=summed, other=0.0).to(tl.float32)
-        stored = values.to(h.dtype.element_ty)
-        tl.store(h + at, stored, mask=summed)
-        values = tl.where(summed, stored.to(tl.float32), values)  # of what is stored, the norm is that of the stored
-        values = tl.where(mask, values - pivot[None, :], 0.0)  # sums of squares are exact enough near it
+    pivot = added + tl.load(h + first * own, mask=channel < own, other=0.0).to(tl.float32)
+    pivot += tl.load(x + first * more, mask=given, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # the sum may be put where this was read
+    total = tl.zeros([PLACES, CHANNELS], tl.float32)
+    squares = tl.zeros([PLACES, CHANNELS], tl.float32)
+    for i in tl.range(0, step, num_stages=STAGES):
+        place = (first + i * PLACES + tl.arange(0, PLACES))[:, None]
+        inside = place < area
+        values = tl.load(h[None, :] + place * own, mask=inside & (channel < own)[None, :], other=0.0).to(tl.float32)
+        values += tl.load(x[None, :] + place * more, mask=inside & given[None, :], other=0.0).to(tl.float32)
+        values = (values + added[None, :]).to(out.dtype.element_ty)
+        tl.store(out[None, :] + place * channels, values, mask=inside & (channel < written)[None, :])
+        values = tl.where(inside, values.to(tl.float32) - pivot[None, :], 0.0)  # near it squares are exact enough
         total += values
         squares += values * values
-    count = tl.minimum(area - first, step * ROWS).to(tl.float32)
+    count = tl.minimum(area - first, step * PLACES).to(tl.float32)
     mean = tl.sum(total, 0) / count
     distance = tl.maximum(tl.sum(squares, 0) - mean * mean * count, 0.0)
-    mean += pivot
-    group = tl.arange(0, GROUPS)
-    own = (column[None, :] // size == group[:, None]) & there[None, :]
-    middle = tl.sum(tl.where(own, mean[None, :], 0.0), 1) / size
-    away = mean - tl.sum(tl.where(own, middle[:, None], 0.0), 0)
-    distance = tl.sum(tl.where(own, (distance + away * away * count)[None, :], 0.0), 1)
-    groups = channels // size
-    at = (row * parts + part) * 2 * groups + tl.program_id(1) * (wide // size) + group
-    held = (group < wide // size) & (tl.program_id(1) * (wide // size) + group < groups)
-    tl.store(sums + at, middle, mask=held)
-    tl.store(sums + at + groups, distance, mask=held)
+    at = sums + (row * parts + part) * 2 * channels + channel
+    tl.store(at, mean + pivot, mask=there)
+    tl.store(at + channels, distance, mask=there)
 
 
-@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "groups", "parts", "rows", "step", "silu"])
-def _apply_sums(
-    x, out, sums, weight, bias, shift, shift_stride, shifted, area, channels, size, eps, groups, parts, rows, step,
-    silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "parts", "places"])
+def _line_of_group(
+    sums, line, weight, bias, shift, shift_stride, shifted, area, channels, size, eps, parts, places,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``act(norm(x + shift))`` for some channels at some positions of one row."""
+    """One program: one group's mean and variance out of its parts (Chan et al. 1979), as a line for each channel."""
+    group, row = tl.program_id(0), tl.program_id(1)
+    column = tl.arange(0, WIDE)
+    there = column < size
+    channel = group * size + column
+    added = tl.load(shift + row * shift_stride + channel, mask=there & (channel < shifted), other=0.0).to(tl.float32)
+    told = sums + row * parts * 2 * channels + channel
+    pivot = tl.load(shift + row * shift_stride + group * size, mask=group * size < shifted, other=0.0).to(tl.float32)
+    pivot += tl.load(sums + row * parts * 2 * channels + group * size)
+    total = tl.zeros([BLOCK, WIDE], tl.float32)
+    spread = tl.zeros([BLOCK, WIDE], tl.float32)
+    for first in range(0, parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        mask = (part < parts)[:, None] & there[None, :]
+        count = tl.minimum(area - part * places, places).to(tl.float32)[:, None]
+        at = told[None, :] + part[:, None] * 2 * channels
+        distance = tl.load(at + channels, mask=mask, other=0.0)
+        away = tl.where(mask, tl.load(at, mask=mask, other=0.0) + added[None, :] - pivot, 0.0)
+        total += away * count
+        spread += distance + away * away * count
+    count = (area * size).to(tl.float32)
+    mean = tl.sum(total) / count
+    variance = tl.maximum(tl.sum(spread) / count - mean * mean, 0.0)
+    scale = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
+    offset = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32) + (added - pivot - mean) * scale
+    tl.store(line + row * 2 * channels + channel, scale, mask=there)
+    tl.store(line + (row * 2 + 1) * channels + channel, offset, mask=there)
+
+
+@triton.jit(do_not_specialize=["more", "silu"])
+def _apply_line(
+    x, out, line, later, area, channels, more, silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """One program: ``act(scale · x + offset)`` for some channels at some positions of one row."""
     row = tl.program_id(2)
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = channel < channels
-    group = tl.program_id(1) * COLUMNS // size + tl.arange(0, GROUPS)
-    told = sums + row * parts * 2 * groups + group
-    pivot = tl.load(told, mask=group < groups, other=0.0)
-    total = tl.zeros([PARTS, GROUPS], tl.float32)
-    spread = tl.zeros([PARTS, GROUPS], tl.float32)
-    for first in range(0, parts, PARTS):  # means and variances of parts put together (Chan et al. 1979)
-        part = first + tl.arange(0, PARTS)
-        mask = (part < parts)[:, None] & (group < groups)[None, :]
-        count = tl.minimum(area - part * rows, rows).to(tl.float32)[:, None]
-        at = told[None, :] + part[:, None] * 2 * groups
-        away = tl.where(mask, tl.load(at, mask=mask, other=0.0) - pivot[None, :], 0.0)
-        total += away * count
-        spread += tl.load(at + groups, mask=mask, other=0.0) + away * away * count * size
-    mean = tl.sum(total, 0) / area
-    variance = tl.sum(spread, 0) / (area * size) - mean * mean
-    factor = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
-    own = channel[None, :] // size == group[:, None]
-    mean = tl.sum(tl.where(own, (mean + pivot)[:, None], 0.0), 0)
-    scale = tl.sum(tl.where(own, factor[:, None], 0.0), 0)
-    scale *= tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)
-    added = tl.load(shift + row * shift_stride + channel, mask=channel < shifted, other=0.0).to(tl.float32)
-    offset = tl.load(bias + channel, mask=there, other=0.0).to(tl.float32) + (added - mean) * scale
-    start = row.to(tl.int64) * area * channels
-    for i in range(step):
-        place = (tl.program_id(0) * step + i) * ROWS + tl.arange(0, ROWS)
-        mask = (place < area)[:, None] & there[None, :]
-        at = start + place[:, None] * channels + channel[None, :]
-        values = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + offset[None, :]
-        values = tl.where(silu != 0, values * tl.sigmoid(values), values)
-        tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
+    mask = (place < area)[:, None] & there[None, :]
+    scale = tl.load(line + row * 2 * channels + channel, mask=there, other=0.0)
+    offset = tl.load(line + (row * 2 + 1) * channels + channel, mask=there, other=0.0)
+    at = row.to(tl.int64) * area * channels + place[:, None] * channels + channel[None, :]
+    given = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    values = given * scale[None, :] + offset[None, :]
+    values = tl.where(silu != 0, values * tl.sigmoid(values), values)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)
+    kept = channel < tl.minimum(more, channels)
+    given += tl.load(later + channel, mask=kept, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        x + at, given.to(x.dtype.element_ty), mask=(place < tl.minimum(area, more * area))[:, None] & there[None, :]
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from russet import doubling_triton as doubling
 from russet import products_triton as products
-from russet.elementwise_triton import gated, joined, layer_norm, shifted
+from russet.elementwise_triton import gated, layer_norm
 from russet.group_norm_triton import group_norm, normalised
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def runs(
     def channels_last(channels: int, side: int) -> Tensor:
         return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
 
-    x, shift, tokens = channels_last(320, 64), blank(1, 320), blank(1, 64, 2560)
+    x, tokens = channels_last(320, 64), blank(1, 64, 2560)
     weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
     return [
@@ -89,8 +89,6 @@ def runs(
         *map(small, (320, 640, 1280, 2560)),
         lambda: group_norm(x, norm(320), True, None),
         *map(layer, (320, 640, 1280)),
-        lambda: shifted(x, shift),
-        lambda: joined(x, x),
         *([lambda: products.gated_product(*gate)] if gated_products else []),
         *([lambda: doubling.gathered(weight)] if transposed else []),
     ]

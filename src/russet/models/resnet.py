@@ -101,8 +101,7 @@ class Resnet(Summing, Stepping):
             h = self.sums.added(h, x)
         else:
             h, rest = steps.convolved(h, self.conv2)
-            beside = self._beside(x) if beside is None else beside
-            h = steps.added(h, beside, rest, groups=self.norm2.num_groups)
+            h = steps.added(h, self._beside(x) if beside is None else beside, rest)
         return h if self.divisor == 1 else h / self.divisor
 
     def _beside(self, x: Tensor) -> Tensor:
