@@ -21,7 +21,7 @@ PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processo
 WINOGRAD = {"winograd", "winograd_sizes"}
 PRODUCTS = {"products_triton", "product_sizes"}
 DOUBLING = {"doubling_triton", "doubling_sizes"}
-KERNELS = {"elementwise_triton", "group_norm_triton", "kernels_ahead"} | PRODUCTS | DOUBLING
+KERNELS = {"elementwise_triton", "group_norm_triton", "tokens_triton", "kernels_ahead"} | PRODUCTS | DOUBLING
 STEPS = {"elementwise", "elementwise_cpu", "onednn"} | WINOGRAD | KERNELS
 OTHERS = {
     "arguments",
@@ -47,7 +47,9 @@ ALLOWED = {
     "attention": LIGHT,
     "heap": set(),
     "elementwise": LIGHT,
-    "elementwise_triton": LIGHT | {"elementwise", "group_norm_triton", "products_triton", "doubling_triton"},
+    "elementwise_triton": LIGHT
+    | {"elementwise", "group_norm_triton", "tokens_triton", "products_triton", "doubling_triton"},
+    "tokens_triton": set(),
     "group_norm_triton": LIGHT,
     "kernels_ahead": KERNELS,
     "products_triton": LIGHT | {"product_sizes"},

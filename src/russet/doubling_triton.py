@@ -24,14 +24,15 @@ call, laid as cuDNN wants them for channels-last maps (in another layout it woul
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from russet.doubling_sizes import SIDE, pays
-from russet.elementwise import hooked
+
+if TYPE_CHECKING:  # a process that only compiles does without torch
+    from torch import Tensor, nn
 
 INPUTS, OUTPUTS = 64, 32
 """Channels in and out of the weights that one program takes at a time: whole sectors of memory, read and written."""
@@ -39,8 +40,12 @@ INPUTS, OUTPUTS = 64, 32
 
 def takes(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the convolution of a doubled map [B, C, h, w] is made in this way."""
+    import torch
+
+    from russet.elementwise import hooked
+
     plain = conv.stride == conv.dilation == conv.padding == (1, 1) and conv.kernel_size == (3, 3) and conv.groups == 1
-    own = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not hooked(conv)
+    own = type(conv) is torch.nn.Conv2d and conv.padding_mode == "zeros" and not hooked(conv)
     wanted = torch.is_grad_enabled() and conv.weight.requires_grad  # a gradient
     alike = x.dtype == conv.weight.dtype and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
     return plain and own and alike and not wanted and pays(len(x), *conv.weight.shape[1::-1], *x.shape[2:])
@@ -48,6 +53,8 @@ def takes(x: Tensor, conv: nn.Conv2d) -> bool:
 
 def doubled(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of a map [B, Cin, h, w], doubled, with weights [Cout, Cin, 3, 3] → [B, Cout, 2·h, 2·w]."""
+    from torch.nn import functional as F
+
     return F.conv_transpose2d(x, gathered(weight), stride=2, padding=1)
 
 

@@ -11,12 +11,13 @@ can give along with it, what they make of each group, and what that makes of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+
+if TYPE_CHECKING:  # a process that only compiles does without torch
+    from torch import Tensor, nn
 
 WHOLE, GROUPS = 256, 256
 """Positions and groups, in all rows, up to which one program normalises a whole group, in two readings.
@@ -61,6 +62,8 @@ def group_norm(
 
     told: the sums of ``x``, if they are known. later: what is added to ``x`` itself [C] when it has been read.
     """
+    import torch
+
     out = x if spare else torch.empty_like(x)
     small = x.shape[2] * x.shape[3] <= WHOLE and len(x) * norm.num_groups <= GROUPS
     if small and told is None and later is None:
@@ -109,6 +112,8 @@ def joined(x: Tensor, kept: Tensor) -> tuple[Tensor, Sums]:
 
 def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, first: int, written: int) -> Sums:
     """Sums of what has ``h + shift`` in its first channels, and ``x`` from channel ``first`` on; put into ``out``."""
+    import torch
+
     batch, channels, height, width = out.shape
     area, blocks = height * width, triton.cdiv(channels, CHANNELS)
     step = max(LEAST, area * batch * blocks // (PLACES * PROGRAMS))
@@ -125,7 +130,7 @@ def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, firs
 def lines(x: Tensor, sums: Sums, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:
     """What each channel is multiplied by, and what is added then: [B, 2, C]."""
     batch, parts, _, channels = sums.numbers.shape
-    line = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
+    line = sums.numbers.new_empty(batch, 2, channels)
     wide = max(64, triton.next_power_of_2(channels // norm.num_groups))
     _line_of_group[(norm.num_groups, batch)](
         sums.numbers, line, *norm_arguments(x, norm, shift), parts, sums.places, WIDE=wide, BLOCK=32, num_warps=4

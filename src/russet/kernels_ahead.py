@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from russet import doubling_triton as doubling
 from russet import products_triton as products
-from russet.elementwise_triton import gated, layer_norm
 from russet.group_norm_triton import group_norm, normalised
+from russet.tokens_triton import gated, layer_norm
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,15 @@ that multiplies both halves of the weights and gates what comes out writes half,
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
-from torch import Tensor, nn
 
 from russet.product_sizes import DEPTH, TILE, WIDTH, gating_pays
+
+if TYPE_CHECKING:  # a process that only compiles does without torch
+    from torch import Tensor, nn
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -26,6 +29,8 @@ except ImportError:  # before Triton 3.3
 
 def takes(x: Tensor, proj: nn.Linear) -> bool:
     """Whether the kernel is made for such a product, and quicker."""
+    import torch
+
     inputs, outputs = proj.in_features, proj.out_features // 2
     able = TensorDescriptor is not None and x.dtype in (torch.float16, torch.bfloat16) and proj.bias is not None
     return able and gating_pays(x.numel() // inputs, inputs, outputs)
