@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-WORTH = 1024
+WORTH = 512
 """Positions of the small map, in all rows, from which on the transposed convolution is the quicker way.
 
-What it saves and what its weights cost both grow with the channels, inputs times outputs: positions alone decide.
+What it saves and what its weights cost both grow with the channels, inputs times outputs: positions alone decide. For
+1280 channels 96 instead of 112 µs for 512 of them, but 66 instead of 41 for 128 (H100, float16, weights made).
 """
 
 SIDE = 4  # weights along a side of the transposed convolution's kernel

@@ -85,7 +85,8 @@ def test_a_gpu_with_kernels_doubles_large_maps_by_transposed_convolutions():
     found = made(able)
     assert found["doubling"] == "transposed"
     assert "never made" in found.why("doubling").reason
-    for plain in (made(card), made(able, offload="sequential"), made(able, fast_paths=False), made(on())):
+    wide = made(able, dtype=dict.fromkeys(("unet", "vae", "text_encoder"), "float32"))
+    for plain in (made(card), made(able, offload="sequential"), made(able, fast_paths=False), made(on()), wide):
         assert plain["doubling"] == "repeated"
     assert made(able, fast_paths=False).why("doubling").by == "user"
 
