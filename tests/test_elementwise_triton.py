@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from russet import norm_sizes
 from russet.elementwise import PLAIN
 from russet.models.activations import gelu, silu
 from russet.product_sizes import gating_pays
@@ -70,8 +71,8 @@ def test_values_far_from_zero_lose_no_variance(way):
 @pytest.mark.parametrize("programs", [1, 2**20])
 def test_how_many_programs_share_a_norm_is_free(programs, monkeypatch):
     x, norm = made(2, 64, 40, 45, offset=3.0), norm_of(nn.GroupNorm, 8, 64)
-    monkeypatch.setattr(group_norm_triton, "PROGRAMS", programs)
-    monkeypatch.setattr(group_norm_triton, "LEAST", 1)
+    monkeypatch.setattr(norm_sizes, "PROGRAMS", programs)
+    monkeypatch.setattr(norm_sizes, "LEAST", 1)
     found = group_norm_triton.group_norm(x, norm, True, None)
     torch.testing.assert_close(found, silu(norm(x)), rtol=1e-4, atol=1e-4)
 
@@ -233,3 +234,33 @@ def test_what_the_kernels_are_not_made_for_is_left_to_pytorch():
         found, rest = steps.convolved(given, conv.to(there))
         assert rest is None
         torch.testing.assert_close(found, conv(given))
+
+
+@pytest.mark.parametrize("given", [2, 1])  # rows, of which the text makes two
+def test_a_unet_computes_the_same_by_kernels(given, monkeypatch):
+    from russet.models.unet import UNet2DConditionModel
+
+    monkeypatch.setattr(elementwise_triton, "computes", lambda x: True)  # in the interpreter too
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=4,
+    ).to(DEVICE, memory_format=torch.channels_last)
+    for weight in unet.parameters():  # so that none is a neutral 0 or 1
+        weight += 0.05 * torch.randn_like(weight)
+    x, text = made(given, 4, 8, 8), made(2, 7, 32, seed=1).contiguous()
+    expected = unet(x, 500, text).sample
+    unet.set_elementwise(Fused(silu, False))
+    torch.testing.assert_close(unet(x, 500, text).sample, expected, rtol=1e-3, atol=1e-4)
+    kept = []
+    for block in unet.down_blocks:  # what somebody watches is not overwritten
+        block.resnets[0].register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    torch.testing.assert_close(unet(x, 500, text).sample, expected, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(out, before) for out, before in kept)
+    assert len(kept) == 2

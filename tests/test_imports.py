@@ -50,7 +50,7 @@ ALLOWED = {
     "elementwise_triton": LIGHT
     | {"elementwise", "group_norm_triton", "tokens_triton", "products_triton", "doubling_triton"},
     "tokens_triton": set(),
-    "group_norm_triton": LIGHT,
+    "group_norm_triton": LIGHT | {"norm_sizes"},
     "kernels_ahead": KERNELS,
     "products_triton": LIGHT | {"product_sizes"},
     "product_sizes": set(),

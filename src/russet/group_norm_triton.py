@@ -19,6 +19,9 @@ import triton.language as tl
 if TYPE_CHECKING:  # a process that only compiles does without torch
     from torch import Tensor, nn
 
+from russet import norm_sizes
+from russet.norm_sizes import CHANNELS, PLACES
+
 WHOLE, GROUPS = 256, 256
 """Positions and groups, in all rows, up to which one program normalises a whole group, in two readings.
 
@@ -29,11 +32,8 @@ instead of 73.7 for thirty-two of 1280×16×16 (H100, float16).
 ROWS, COLUMNS = 32, 128
 """Positions and channels of a map that one program normalises at a time."""
 
-PLACES, CHANNELS, STAGES = 32, 64, 3
-"""Positions and channels that one program sums up at a time, and how many readings it has under way."""
-
-LEAST, PROGRAMS = 4, 1024
-"""Times ``PLACES`` that it sums up at least, and how many such programs are enough for any GPU."""
+STAGES = 3
+"""Readings that a program which sums up has under way."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,15 @@ def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, firs
     import torch
 
     batch, channels, height, width = out.shape
-    area, blocks = height * width, triton.cdiv(channels, CHANNELS)
-    step = max(LEAST, area * batch * blocks // (PLACES * PROGRAMS))
-    parts = triton.cdiv(area, PLACES * step)
+    area, places = height * width, norm_sizes.part(batch, channels, height * width)
+    parts = triton.cdiv(area, places)
     sums = torch.empty(batch, parts, 2, channels, dtype=torch.float32, device=out.device)
     more, rows = (0, 1) if x is None else (x.shape[1], len(x))
-    _sum_channels[(parts, blocks, batch)](
+    _sum_channels[(parts, triton.cdiv(channels, CHANNELS), batch)](
         out, h, h if x is None else x, sums, *shift_arguments(h, shift), area, channels, h.shape[1], first, more, rows,
-        written, parts, step, PLACES=PLACES, CHANNELS=CHANNELS, STAGES=STAGES, num_warps=4,
+        written, parts, places // PLACES, PLACES=PLACES, CHANNELS=CHANNELS, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
-    return Sums(sums, PLACES * step)
+    return Sums(sums, places)
 
 
 def lines(x: Tensor, sums: Sums, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
-"""Up to which size a composed norm takes the quick way: what computes goes by it, and what predicts memory.
+"""What of a norm depends on the size of its map: what computes goes by it, and what predicts memory.
 
-Both ways are in ``models/norms.py``: few operations and two float32 maps, or many operations and one.
+A composed norm, in ``models/norms.py``, has two ways: few operations and two float32 maps, or many operations and one.
+The kernels of ``group_norm_triton.py`` sum up a map in parts.
 """
 
 from __future__ import annotations
@@ -11,3 +12,20 @@ AT_ONCE = 2**23  # numbers in a map; two float32 maps of so many are 64 MiB
 def at_once(numbers: int) -> bool:
     """Whether a map of so many numbers is normalised in few operations."""
     return numbers <= AT_ONCE
+
+
+PLACES, CHANNELS = 32, 64
+"""Positions and channels of a map that one program of ``group_norm_triton.py`` sums up at a time."""
+
+LEAST, PROGRAMS = 4, 1024
+"""Times ``PLACES`` that it sums up at least, and how many such programs are enough for any GPU."""
+
+
+def part(batch: int, channels: int, area: int) -> int:
+    """Positions to a part of a map [B, C, h, w], of which each channel is summed up."""
+    return PLACES * max(LEAST, area * batch * -(-channels // CHANNELS) // (PLACES * PROGRAMS))
+
+
+def sums(batch: int, channels: int, area: int) -> int:
+    """Bytes of all these sums: two float32 numbers for each channel of each part."""
+    return 8 * batch * channels * -(-area // part(batch, channels, area))

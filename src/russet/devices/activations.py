@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from russet import doubling_sizes
+from russet import doubling_sizes, norm_sizes
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 from russet.norm_sizes import at_once
@@ -138,6 +138,10 @@ class Walk:
         self.norm(beside + out, out)
         self.moment(beside, again * out, out, self.filtering(area, out, out) or 0)
 
+    def sums(self, area: int, x: int) -> int:
+        """Bytes of the sums that come with a joined map, where kernels of ours join."""
+        return norm_sizes.sums(self.rows, x // self.map(area, 1), area) if self.how.reuses else 0
+
     def norm(self, beside: int, x: int) -> None:
         """Normalises ``x``, which is counted elsewhere. A composed norm holds two float32 maps, of a large map one."""
         numbers = x // self.how.width
@@ -226,7 +230,8 @@ def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int)
         for place, depth in enumerate(u.up[level]):
             skip = skips.pop()
             joined = (x or skip) + skip
-            walk.moment(x if place or level < bottom else 0, joined)  # the middle's is held already
+            beside = x if place or level < bottom else 0  # the middle's is held already
+            walk.moment(beside, joined, walk.sums(areas[level], joined))
             walk.held -= skip if x else 0  # where there is no middle, it is what the way up began with
             walk.resnet(areas[level], joined, out, spare=True)
             if depth is not None:
