@@ -21,6 +21,7 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
+Projection = nn.Linear | nn.Conv2d  # of each position, by weights [Dout, Din] or [Dout, Din, 1, 1]
 
 
 class Elementwise(Protocol):
@@ -44,6 +45,10 @@ class Elementwise(Protocol):
 
         Nothing needs a ``spare`` x any more: the result may take its memory.
         """
+        ...
+
+    def normed_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
+        """``norm(x)`` before ``product_added`` to a spare map x, and whether ``last``'s bias is in x already."""
         ...
 
     def convolved(
@@ -85,7 +90,7 @@ class Elementwise(Protocol):
         """The same before ``product_added``, and whether ``last``'s bias is in the sum already, though not its norm."""
         ...
 
-    def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
+    def product_added(self, h: Tensor, last: Projection, x: Tensor, ahead: bool) -> Tensor:
         """``last(h) + x`` for tokens [B, N, D]; ``ahead``: its bias is in x, which may be overwritten then."""
         ...
 
@@ -107,6 +112,9 @@ class Plain:
         assert shift is None, "nothing is left to add"
         y: Tensor = norm(x)
         return y if act is None else act(y)
+
+    def normed_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
+        return self.normed(x, norm), False
 
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
@@ -143,7 +151,7 @@ class Plain:
     ) -> tuple[Tensor, Tensor, bool]:
         return *self.added_norm(h, x, norm), False
 
-    def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
+    def product_added(self, h: Tensor, last: Projection, x: Tensor, ahead: bool) -> Tensor:
         assert not ahead, "nothing is added before its time"
         return self.added(last(h), x)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from russet import doubling_triton as doubling
 from russet import products_triton as products
-from russet.elementwise import PLAIN, Activation, hooked, resized
+from russet.elementwise import PLAIN, Activation, Projection, hooked, resized
 from russet.group_norm_triton import Sums, group_norm, joined, shifted_sum
 from russet.tokens_triton import gated, layer_norm
 
@@ -61,6 +61,12 @@ class Fused:
         if not known or not takes(x) or self._failed():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
         return group_norm(x, norm, act is not None, shift, spare, self._sums_of(x))
+
+    def normed_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
+        known = type(norm) is nn.GroupNorm and not hooked(norm) and last.bias is not None and not hooked(last)
+        if not known or not takes(x) or self._failed():
+            return self.normed(x, norm), False
+        return group_norm(x, norm, False, None, told=self._sums_of(x), later=last.bias), True
 
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
@@ -129,10 +135,11 @@ class Fused:
             return *self.added_norm(h, x, norm), False
         return h, layer_norm(h, norm, x, last.bias), True
 
-    def product_added(self, h: Tensor, last: nn.Linear, x: Tensor, ahead: bool) -> Tensor:
+    def product_added(self, h: Tensor, last: Projection, x: Tensor, ahead: bool) -> Tensor:
         if not ahead:
             return PLAIN.product_added(h, last, x, ahead)
-        x.flatten(0, 1).addmm_(h.flatten(0, 1), last.weight.t())  # a passage over the sum less than if added after
+        # a passage over the sum less than if added after
+        x.view(-1, x.shape[-1]).addmm_(h.flatten(0, 1), last.weight.flatten(1).t())
         return x
 
 

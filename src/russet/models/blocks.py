@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from russet.elementwise import hooked
 from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
 from russet.models.spare import Spare, taken
@@ -33,7 +34,7 @@ class DownBlock(nn.Module):
                 return maps
             x = resnet(x, time)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, text)
+                x = self.attentions[i](x, text, spare=not hooked(resnet))
             maps.append(x)
         if len(maps) != count:
             maps.extend(downsample(x) for downsample in self.downsamplers)
@@ -52,8 +53,8 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Time, text: Text) -> Tensor:
         x = self.resnets[0](x, time)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, text), time)
+        for before, attention, resnet in zip(self.resnets[:-1], self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, text, spare=not hooked(before)), time)
         return x
 
 
@@ -83,7 +84,7 @@ class UpBlock(Stepping):
             del x  # before the level's widest moment
             x = joined.into(resnet, time)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, text)
+                x = self.attentions[i](x, text, spare=not hooked(resnet))
         if end is not None and end < len(self.resnets):
             return x
         for upsample in self.upsamplers:

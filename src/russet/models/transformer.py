@@ -227,13 +227,19 @@ class SpatialTransformer(Summing, Stepping):
         )
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, text: Text) -> Tensor:
-        """From [B, C, h, w] and the text's k·B rows to [k·B, C, h, w] in the memory format of ``x``."""
+    def forward(self, x: Tensor, text: Text, *, spare: bool = False) -> Tensor:
+        """From [B, C, h, w] and the text's k·B rows to [k·B, C, h, w] in the memory format of ``x``.
+
+        ``spare``: the caller has no more use for ``x``.
+        """
         if self.sums is not None:
             return self._summed(x, text)
-        tokens = self.proj_in(to_tokens(self.steps.normed(x, self.norm)))
+        tokens, ahead = self._entering(x, spare)
         for block in self.transformer_blocks:
             tokens = block(tokens, text)
+        if ahead:
+            x = repeated(x, text.rows)
+            return to_map(self.steps.product_added(tokens, self.proj_out, to_tokens(x), ahead), like=x)
         x = seen(x, text.rows)
         return x + to_map(self.proj_out(tokens), like=x)  # x first: a sum takes the memory format of its first term
 
@@ -243,6 +249,13 @@ class SpatialTransformer(Summing, Stepping):
             last = blocks[-1].ff.net[2]
             assert isinstance(last, nn.Linear)
             self.sums = carried_bias(last, self.proj_out)
+
+    def _entering(self, x: Tensor, spare: bool) -> tuple[Tensor, bool]:
+        """The tokens of the first block, and whether the last projection's bias is in ``x`` now."""
+        if not spare:
+            return self.proj_in(to_tokens(self.steps.normed(x, self.norm))), False
+        normed, ahead = self.steps.normed_before(x, self.norm, self.proj_out)
+        return self.proj_in(to_tokens(normed)), ahead
 
     @property
     def _blocks(self) -> list[TransformerBlock]:
