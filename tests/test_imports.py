@@ -21,8 +21,9 @@ PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processo
 WINOGRAD = {"winograd", "winograd_sizes"}
 PRODUCTS = {"products_triton", "product_sizes"}
 DOUBLING = {"doubling_triton", "doubling_sizes"}
-KERNELS = {"elementwise_triton", "group_norm_triton", "tokens_triton", "kernels_ahead"} | PRODUCTS | DOUBLING
-STEPS = {"elementwise", "elementwise_cpu", "onednn"} | WINOGRAD | KERNELS
+KERNELS = {"elementwise_triton", "group_norm_triton", "tokens_triton"} | PRODUCTS | DOUBLING
+AHEAD = {"kernels_ahead", "kernel_launches"}
+STEPS = {"elementwise", "elementwise_cpu", "onednn"} | WINOGRAD | KERNELS | AHEAD
 OTHERS = {
     "arguments",
     "attention",
@@ -52,6 +53,7 @@ ALLOWED = {
     "tokens_triton": set(),
     "group_norm_triton": LIGHT | {"norm_sizes"},
     "kernels_ahead": KERNELS,
+    "kernel_launches": set(),
     "products_triton": LIGHT | {"product_sizes"},
     "product_sizes": set(),
     "norm_sizes": set(),

@@ -148,7 +148,7 @@ def applied(x: Tensor, out: Tensor, line: Tensor, silu: bool, later: Tensor | No
     return out
 
 
-@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "silu"])
+@triton.jit(do_not_specialize=["area", "size", "shift_stride", "shifted", "silu"])
 def _normalise_group(
     x, out, weight, bias, shift, shift_stride, shifted, area, channels, size, eps, silu,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -185,7 +185,7 @@ def _normalise_group(
         tl.store(out + start + at, values.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["shift_stride", "shifted", "rows", "parts", "step"])
+@triton.jit(do_not_specialize=["area", "shift_stride", "shifted", "rows", "parts", "step"])
 def _sum_channels(
     out, h, x, sums, shift, shift_stride, shifted, area, channels, own, second, more, rows, written, parts, step,
     PLACES: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
@@ -224,7 +224,7 @@ def _sum_channels(
     tl.store(at + channels, distance, mask=there)
 
 
-@triton.jit(do_not_specialize=["size", "shift_stride", "shifted", "parts", "places"])
+@triton.jit(do_not_specialize=["area", "size", "shift_stride", "shifted", "parts", "places"])
 def _line_of_group(
     sums, line, weight, bias, shift, shift_stride, shifted, area, channels, size, eps, parts, places,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -258,7 +258,7 @@ def _line_of_group(
     tl.store(line + (row * 2 + 1) * channels + channel, offset, mask=there)
 
 
-@triton.jit(do_not_specialize=["more", "silu"])
+@triton.jit(do_not_specialize=["area", "more", "silu"])
 def _apply_line(
     x, out, line, later, area, channels, more, silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip

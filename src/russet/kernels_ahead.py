@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from russet import doubling_triton as doubling
+from russet import group_norm_triton, tokens_triton
 from russet import products_triton as products
-from russet.group_norm_triton import group_norm, normalised
+from russet.group_norm_triton import channel_sums, group_norm, lines, normalised
 from russet.tokens_triton import gated, layer_norm
+
+KERNELS = group_norm_triton, tokens_triton, products, doubling
+"""Files of kernels."""
 
 log = logging.getLogger(__name__)
 
@@ -70,24 +74,27 @@ def runs(
     def norm(channels: int) -> nn.GroupNorm:
         return nn.GroupNorm(32, channels, device=device, dtype=dtype)
 
-    def small(channels: int) -> Callable[[], object]:
-        x = channels_last(channels, 8)
-        return lambda: normalised(x, torch.empty_like(x), norm(channels), True, None)
-
     def layer(features: int) -> Callable[[], object]:
         x, layer = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
         return lambda: layer_norm(x, layer, None)
 
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        made = nn.Linear(inputs, outputs, device="meta", dtype=dtype)  # a real one would draw random numbers
+        made.weight, made.bias = nn.Parameter(blank(outputs, inputs)), nn.Parameter(blank(outputs))
+        return made
+
     def channels_last(channels: int, side: int) -> Tensor:
         return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
 
-    x, tokens = channels_last(320, 64), blank(1, 64, 2560)
+    x, small, tokens = channels_last(320, 64), channels_last(1280, 8), blank(1, 64, 2560)
+    wide = channels_last(2560, 8)
     weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
-    gate = blank(1, 64, 320), nn.Linear(320, 2560, device=device, dtype=dtype)
+    gate = blank(1, 64, 320), linear(320, 2560)
     return [
         lambda: gated(tokens),
-        *map(small, (320, 640, 1280, 2560)),
+        lambda: normalised(small, torch.empty_like(small), norm(1280), True, None),
         lambda: group_norm(x, norm(320), True, None),
+        lambda: lines(wide, channel_sums(wide), norm(2560), None),
         *map(layer, (320, 640, 1280)),
         *([lambda: products.gated_product(*gate)] if gated_products else []),
         *([lambda: doubling.gathered(weight)] if transposed else []),

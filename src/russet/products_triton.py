@@ -53,7 +53,7 @@ def gated_product(x: Tensor, proj: nn.Linear) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated_product(
     x, weight, bias, out, tokens, features, inputs,
     TILE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,

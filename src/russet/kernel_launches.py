@@ -1,0 +1,62 @@
+"""Launches of Triton's kernels written down, as far as what is compiled depends on them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import triton
+from torch import Tensor
+
+_RECORDING = threading.Lock()
+
+
+@contextmanager
+def recorded(*modules: ModuleType) -> Iterator[list[dict[str, Any]]]:
+    """Has this thread's launches of the modules' kernels written down instead of made, while the block lasts."""
+    own, launches = threading.get_ident(), list[dict[str, Any]]()
+
+    def shadow(kernel: Any) -> None:
+        launch = kernel.run
+
+        def run(*arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+            if threading.get_ident() != own:
+                return launch(*arguments, grid=grid, warmup=warmup, **constants)
+            launches.append(described(kernel, arguments, constants))
+            return None
+
+        kernel.run = run
+
+    kernels = [value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+    with _RECORDING:
+        try:
+            for kernel in kernels:
+                shadow(kernel)
+            yield launches
+        finally:
+            for kernel in kernels:
+                vars(kernel).pop("run", None)
+
+
+def described(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> dict[str, Any]:
+    """A launch, as far as what is compiled depends on it."""
+    return {
+        "module": kernel.__module__,
+        "kernel": kernel.__name__,
+        "source": kernel.cache_key,
+        "arguments": [told(value) for value in arguments],
+        "constants": constants,
+    }
+
+
+def told(value: Any) -> Any:
+    """An argument in plain data: of tensors the dtype, of their descriptions the sizes too."""
+    if isinstance(value, Tensor):
+        return {"dtype": str(value.dtype), "itemsize": value.element_size()}
+    if hasattr(value, "block_shape"):  # a tensor's description
+        sizes = {"shape": list(value.shape), "strides": list(value.strides), "block": list(value.block_shape)}
+        return {**told(value.base), **sizes}
+    return value
