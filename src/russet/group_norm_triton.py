@@ -25,15 +25,13 @@ from russet.norm_sizes import CHANNELS, PLACES
 WHOLE, GROUPS = 256, 256
 """Positions and groups, in all rows, up to which one program normalises a whole group, in two readings.
 
-The cache serves the second. Beyond, three kernels are quicker: 13.8 instead of 29.9 µs for two maps of 320×64×64, 38.5
-instead of 73.7 for thirty-two of 1280×16×16 (H100, float16).
+The cache serves the second. So many groups are at work at once: one kernel's time grows with more, as it does with the
+positions. Then three are quicker: 12.9 instead of 30.1 µs for two maps of 320×64×64, 34 instead of 72 for thirty-two of
+1280×16×16 (H100, float16).
 """
 
-ROWS, COLUMNS = 32, 128
-"""Positions and channels of a map that one program normalises at a time."""
-
 STAGES = 3
-"""Readings that a program which sums up has under way."""
+"""Readings that a program which sums up has under way: 84 MB take 37 µs so, and two warps; 51 with one, and four."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, firs
     more, rows = (0, 1) if x is None else (x.shape[1], len(x))
     _sum_channels[(parts, triton.cdiv(channels, CHANNELS), batch)](
         out, h, h if x is None else x, sums, *shift_arguments(h, shift), area, channels, h.shape[1], first, more, rows,
-        written, parts, places // PLACES, PLACES=PLACES, CHANNELS=CHANNELS, STAGES=STAGES, num_warps=4,
+        written, parts, places // PLACES, PLACES=PLACES, CHANNELS=CHANNELS, STAGES=STAGES, num_warps=2,
     )  # fmt: skip
     return Sums(sums, places)
 
@@ -141,9 +139,9 @@ def applied(x: Tensor, out: Tensor, line: Tensor, silu: bool, later: Tensor | No
     """Each channel times a number, plus another, and the activation; ``later`` [C] is added to ``x``."""
     batch, channels, height, width = x.shape
     area = height * width
-    _apply_line[(triton.cdiv(area, ROWS), triton.cdiv(channels, COLUMNS), batch)](
+    _apply_line[(triton.cdiv(area, PLACES), triton.cdiv(channels, CHANNELS), batch)](
         x, out, line, x if later is None else later, area, channels, 0 if later is None else channels, int(silu),
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        PLACES=PLACES, CHANNELS=CHANNELS, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -260,12 +258,12 @@ def _line_of_group(
 
 @triton.jit(do_not_specialize=["area", "more", "silu"])
 def _apply_line(
-    x, out, line, later, area, channels, more, silu, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x, out, line, later, area, channels, more, silu, PLACES: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """One program: ``act(scale · x + offset)`` for some channels at some positions of one row."""
     row = tl.program_id(2)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     there = channel < channels
     mask = (place < area)[:, None] & there[None, :]
     scale = tl.load(line + row * 2 * channels + channel, mask=there, other=0.0)

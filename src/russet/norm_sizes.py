@@ -15,15 +15,16 @@ def at_once(numbers: int) -> bool:
 
 
 PLACES, CHANNELS = 32, 64
-"""Positions and channels of a map that one program of ``group_norm_triton.py`` sums up at a time."""
+"""Positions and channels of a map that one program of ``group_norm_triton.py`` takes at a time."""
 
-LEAST, PROGRAMS = 4, 1024
-"""Times ``PLACES`` that it sums up at least, and how many such programs are enough for any GPU."""
+PROGRAMS = 2048
+"""How many programs that sum up a map are enough for any GPU."""
 
 
 def part(batch: int, channels: int, area: int) -> int:
-    """Positions to a part of a map [B, C, h, w], of which each channel is summed up."""
-    return PLACES * max(LEAST, area * batch * -(-channels // CHANNELS) // (PLACES * PROGRAMS))
+    """Positions to a part of a map [B, C, h, w], of which each channel is summed up: 64 at least, of large maps 128."""
+    least = min(4, max(2, area // 1024))
+    return PLACES * max(least, area * batch * -(-channels // CHANNELS) // (PLACES * PROGRAMS))
 
 
 def sums(batch: int, channels: int, area: int) -> int:
