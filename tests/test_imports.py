@@ -22,8 +22,7 @@ WINOGRAD = {"winograd", "winograd_sizes"}
 PRODUCTS = {"products_triton", "product_sizes"}
 DOUBLING = {"doubling_triton", "doubling_sizes"}
 KERNELS = {"elementwise_triton", "group_norm_triton", "tokens_triton"} | PRODUCTS | DOUBLING
-AHEAD = {"kernels_ahead", "kernel_launches"}
-STEPS = {"elementwise", "elementwise_cpu", "onednn"} | WINOGRAD | KERNELS | AHEAD
+STEPS = {"elementwise", "elementwise_cpu", "onednn"} | WINOGRAD | KERNELS | {"kernels_ahead"}
 OTHERS = {
     "arguments",
     "attention",
@@ -52,8 +51,7 @@ ALLOWED = {
     | {"elementwise", "group_norm_triton", "tokens_triton", "products_triton", "doubling_triton"},
     "tokens_triton": set(),
     "group_norm_triton": LIGHT | {"norm_sizes"},
-    "kernels_ahead": KERNELS,
-    "kernel_launches": set(),
+    "kernels_ahead": KERNELS | {"norm_sizes"},
     "products_triton": LIGHT | {"product_sizes"},
     "product_sizes": set(),
     "norm_sizes": set(),

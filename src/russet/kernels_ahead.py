@@ -1,21 +1,27 @@
-"""Kernels written in Triton, compiled before a picture needs them: while weights are moved and read."""
+"""Kernels written in Triton, compiled before a picture needs them: while weights are moved and read.
+
+Compiling is a second of work that threads share as far as Python's lock lets them. Processes of their own were no
+quicker on sixteen cores: each has to start Triton, which takes half a second of it (first pictures after loading with
+an empty cache 4.0 and 5.0 s so, 3.7 and 4.2 s by threads; H100, Triton 3.6).
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from russet import doubling_triton as doubling
 from russet import group_norm_triton, tokens_triton
 from russet import products_triton as products
-from russet.group_norm_triton import channel_sums, group_norm, lines, normalised
+from russet.group_norm_triton import Sums, applied, channel_sums, lines, normalised
+from russet.norm_sizes import PLACES
 from russet.tokens_triton import gated, layer_norm
 
 KERNELS = group_norm_triton, tokens_triton, products, doubling
@@ -33,10 +39,11 @@ class KernelsAhead:
         self._failed = False
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Begins to compile the kernels for a dtype; what compiles them may fail."""
+        """Begins to compile the kernels for a dtype, and to start cuDNN; what compiles kernels may fail."""
         if (device, dtype) not in self._jobs:
             self._jobs[device, dtype] = job = threading.Thread(target=self._compile, args=(device, dtype), daemon=True)
             job.start()
+            threading.Thread(target=start_cudnn, args=(device, dtype), daemon=True).start()
 
     def failed(self) -> bool:
         """Whether there are no kernels. Waits for those that are being compiled."""
@@ -48,7 +55,7 @@ class KernelsAhead:
         try:
             first, *others = runs(device, dtype, *self._wanted)
             run_on(device, first)  # alone, since Triton itself starts with it
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "compile") as pool:
+            with ThreadPoolExecutor(len(others), "compile") as pool:  # none waits for another one's assembler
                 list(pool.map(functools.partial(run_on, device), others))
         except Exception as error:  # no compiler, no room for its files: many things that are not ours
             self._failed = True
@@ -63,6 +70,21 @@ def run_on(device: torch.device, call: Callable[[], object]) -> None:
     stream.synchronize()
 
 
+def start_cudnn(device: torch.device, dtype: torch.dtype) -> None:
+    """Has cuDNN read its libraries, which its first convolution and its first attention would wait for."""
+
+    def call() -> None:
+        x = torch.zeros(1, 64, 16, 16, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        F.conv2d(x, torch.zeros(64, 64, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last))
+        heads = torch.zeros(1, 8, 64, 40, device=device, dtype=dtype)
+        F.scaled_dot_product_attention(heads, heads, heads)
+
+    try:
+        run_on(device, call)
+    except Exception as error:  # whoever needs it will hear of it
+        log.debug("cuDNN could not be started ahead: %s", error)
+
+
 def runs(
     device: torch.device, dtype: torch.dtype, gated_products: bool, transposed: bool
 ) -> list[Callable[[], object]]:
@@ -71,6 +93,9 @@ def runs(
     def blank(*shape: int) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
 
+    def channels_last(channels: int, side: int) -> Tensor:
+        return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+
     def norm(channels: int) -> nn.GroupNorm:
         return nn.GroupNorm(32, channels, device=device, dtype=dtype)
 
@@ -78,24 +103,23 @@ def runs(
         x, layer = blank(1, 64, features), nn.LayerNorm(features, device=device, dtype=dtype)
         return lambda: layer_norm(x, layer, None)
 
-    def linear(inputs: int, outputs: int) -> nn.Linear:
-        made = nn.Linear(inputs, outputs, device="meta", dtype=dtype)  # a real one would draw random numbers
-        made.weight, made.bias = nn.Parameter(blank(outputs, inputs)), nn.Parameter(blank(outputs))
-        return made
+    def gate(features: int) -> Callable[[], object]:
+        if not gated_products:
+            return lambda: gated(blank(1, 64, 8 * features))
+        proj = nn.Linear(features, 8 * features, device="meta", dtype=dtype)  # a real one would draw random numbers
+        proj.weight, proj.bias = nn.Parameter(blank(8 * features, features)), nn.Parameter(blank(8 * features))
+        return lambda: products.gated_product(blank(1, 64, features), proj)
 
-    def channels_last(channels: int, side: int) -> Tensor:
-        return blank(1, channels, side, side).contiguous(memory_format=torch.channels_last)
-
-    x, small, tokens = channels_last(320, 64), channels_last(1280, 8), blank(1, 64, 2560)
-    wide = channels_last(2560, 8)
+    x, small = channels_last(320, 64), channels_last(1280, 8)
+    sums = Sums(torch.zeros(1, x[0, 0].numel() // PLACES, 2, 320, device=device), PLACES)
+    line = torch.zeros(1, 2, 320, device=device)
     weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
-    gate = blank(1, 64, 320), linear(320, 2560)
     return [
-        lambda: gated(tokens),
         lambda: normalised(small, torch.empty_like(small), norm(1280), True, None),
-        lambda: group_norm(x, norm(320), True, None),
-        lambda: lines(wide, channel_sums(wide), norm(2560), None),
+        lambda: channel_sums(x),
+        lambda: lines(x, sums, norm(320), None),
+        lambda: applied(x, torch.empty_like(x), line, True),
         *map(layer, (320, 640, 1280)),
-        *([lambda: products.gated_product(*gate)] if gated_products else []),
+        gate(320),
         *([lambda: doubling.gathered(weight)] if transposed else []),
     ]

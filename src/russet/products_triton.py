@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from russet.product_sizes import DEPTH, TILE, WIDTH, gating_pays
+from russet.product_sizes import DEPTH, TILE, WIDTH, gates
 
 if TYPE_CHECKING:  # a process that only compiles does without torch
     from torch import Tensor, nn
@@ -28,12 +28,12 @@ except ImportError:  # before Triton 3.3
 
 
 def takes(x: Tensor, proj: nn.Linear) -> bool:
-    """Whether the kernel is made for such a product, and quicker."""
+    """Whether the kernel is made for such a product."""
     import torch
 
     inputs, outputs = proj.in_features, proj.out_features // 2
     able = TensorDescriptor is not None and x.dtype in (torch.float16, torch.bfloat16) and proj.bias is not None
-    return able and gating_pays(x.numel() // inputs, inputs, outputs)
+    return able and gates(inputs, outputs)
 
 
 def gated_product(x: Tensor, proj: nn.Linear) -> Tensor:

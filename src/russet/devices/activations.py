@@ -13,7 +13,7 @@ from russet import doubling_sizes, norm_sizes
 from russet.devices.choices import TEXT, AttentionChoice
 from russet.devices.sizes import TransformerSizes, UNetSizes, VAESizes
 from russet.norm_sizes import at_once
-from russet.product_sizes import gating_pays
+from russet.product_sizes import gates
 from russet.winograd_sizes import pays, room
 
 FUSED = AttentionChoice()
@@ -77,7 +77,7 @@ class Arithmetic:
     """How a network computes.
 
     width: bytes per number. composed: GroupNorm is composed of plain operations. reordered: GroupNorm takes a map apart
-    by channels, as CUDA's does, and what follows puts it together again. gated: large gated layers gate what they make.
+    by channels, as CUDA's does, and what follows puts it together again. gated: gated layers gate what they make.
     summed: sums are parts of products, and what went into a step of a transformer's block is free after it. absorbed:
     the text is multiplied into weights. winograd: 3×3 convolutions are computed in Winograd's way, where it pays.
     transposed: those of doubled maps are transposed ones, where it pays. reuses: norms take the place of spare maps.
@@ -165,7 +165,7 @@ class Walk:
             else:
                 self.moment(before, 2 * t, text.scratch(self.how.attention, self.how.width))  # normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
-            gate = 0 if self.how.gated and gating_pays(self.rows * area, channels, 4 * channels) else 8 * t
+            gate = 0 if self.how.gated and gates(channels, 4 * channels) else 8 * t
             normed = 0 if self.how.summed and depth == 1 else t  # what another block follows has its own bias
             self.moment(before, normed, gate, 4 * t)  # the gated layer and its gate
         self.moment(4 * t)

@@ -27,7 +27,7 @@ MEANING: Mapping[str, str] = {
     "group_norm": "'native', or 'composed' of plain operations: for every GroupNorm of UNet and VAE",
     "layer_norm": "'native', or 'float32': every LayerNorm's input and weights are cast to it, and its result back",
     "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
-    "gated_products": "True: large products of the UNet's gated layers are kernels that gate what they multiply",
+    "gated_products": "True: products of the UNet's gated layers are kernels that gate what they multiply",
     "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
     "doubling": "'repeated': a map's pixels are, and what comes of it is convolved; or 'transposed': the same of large"
     " maps by one transposed convolution, with sums of the weights",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,34 +10,26 @@ from typing import Any
 import triton
 from torch import Tensor
 
-_RECORDING = threading.Lock()
-
 
 @contextmanager
 def recorded(*modules: ModuleType) -> Iterator[list[dict[str, Any]]]:
-    """Has this thread's launches of the modules' kernels written down instead of made, while the block lasts."""
-    own, launches = threading.get_ident(), list[dict[str, Any]]()
+    """Has launches of the modules' kernels written down instead of made, while the block lasts."""
+    launches: list[dict[str, Any]] = []
 
     def shadow(kernel: Any) -> None:
-        launch = kernel.run
-
-        def run(*arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
-            if threading.get_ident() != own:
-                return launch(*arguments, grid=grid, warmup=warmup, **constants)
+        def run(*arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
             launches.append(described(kernel, arguments, constants))
-            return None
 
         kernel.run = run
 
     kernels = [value for module in modules for value in vars(module).values() if isinstance(value, triton.JITFunction)]
-    with _RECORDING:
-        try:
-            for kernel in kernels:
-                shadow(kernel)
-            yield launches
-        finally:
-            for kernel in kernels:
-                vars(kernel).pop("run", None)
+    try:
+        for kernel in kernels:
+            shadow(kernel)
+        yield launches
+    finally:
+        for kernel in kernels:
+            vars(kernel).pop("run", None)
 
 
 def described(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +37,6 @@ def described(kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) 
     return {
         "module": kernel.__module__,
         "kernel": kernel.__name__,
-        "source": kernel.cache_key,
         "arguments": [told(value) for value in arguments],
         "constants": constants,
     }
