@@ -1,19 +1,23 @@
 """Kernels written in Triton, compiled before a picture needs them: while weights are moved and read.
 
-Compiling is a second of work that threads share as far as Python's lock lets them. Processes of their own were no
-quicker on sixteen cores: each has to start Triton, which takes half a second of it (first pictures after loading with
-an empty cache 4.0 and 5.0 s so, 3.7 and 4.2 s by threads; H100, Triton 3.6).
+Compiling is a second of work that threads share as far as Python's lock lets them, once Triton has started, which takes
+another one. Processes of their own were no quicker on sixteen cores, since each has to start Triton (first pictures
+after loading with an empty cache 4.0 and 5.0 s so, 3.7 and 4.2 s by threads; H100, Triton 3.6). What helped is that no
+kernel is compiled before the others: 2.4 instead of 3.7 and 3.9 s (H200; one run, with Triton started by them all).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import triton
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,10 +57,10 @@ class KernelsAhead:
 
     def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
         try:
-            first, *others = runs(device, dtype, *self._wanted)
-            run_on(device, first)  # alone, since Triton itself starts with it
-            with ThreadPoolExecutor(len(others), "compile") as pool:  # none waits for another one's assembler
-                list(pool.map(functools.partial(run_on, device), others))
+            start_triton()
+            wanted = runs(device, dtype, *self._wanted)
+            with ThreadPoolExecutor(len(wanted), "compile") as pool:  # none waits for another one's assembler
+                list(pool.map(functools.partial(run_on, device), wanted))
         except Exception as error:  # no compiler, no room for its files: many things that are not ours
             self._failed = True
             log.warning("Triton cannot compile kernels here, so PyTorch's own are used: %s", error)
@@ -68,6 +72,25 @@ def run_on(device: torch.device, call: Callable[[], object]) -> None:
     with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
         call()
     stream.synchronize()
+
+
+def start_triton() -> None:
+    """Has Triton compile what it talks to the driver by, and meanwhile hash its own files, which name what it caches.
+
+    The first kernel would do one after the other. Several at once would each do all of it.
+    """
+    hashing = threading.Thread(target=hash_triton, daemon=True)
+    hashing.start()
+    triton.runtime.driver.active.get_current_device()
+    hashing.join()
+
+
+def hash_triton() -> None:
+    """Triton keeps the hash. Where it is not found under its names, the first kernels make it for themselves."""
+    for place in ("triton.runtime.cache", "triton.compiler.compiler"):
+        with contextlib.suppress(ImportError, AttributeError):
+            importlib.import_module(place).triton_key()
+            return
 
 
 def start_cudnn(device: torch.device, dtype: torch.dtype) -> None:
