@@ -91,6 +91,16 @@ def test_a_gpu_with_kernels_doubles_large_maps_by_transposed_convolutions():
     assert made(able, fast_paths=False).why("doubling").by == "user"
 
 
+@pytest.mark.parametrize(
+    ("images", "side", "recorded"), [(1, 512, True), (8, 512, True), (2, 1024, True), (16, 512, False)]
+)
+def test_calls_are_recorded_as_far_as_launching_takes_longer_than_running(images, side, recorded):
+    card = Facts(device="cuda", chip="chip", memory=80 * GIB, available=80 * GIB, torch=(2, 13, 0), ram=64 * GIB)
+    found = made(card, published.sd15(width=side, height=side, images=images, safety_checker=False))
+    assert found["graphs"] == recorded, found.why("graphs").reason
+    assert not made(on(), published.sd15(images=images))["graphs"]
+
+
 def test_layers_that_come_and_go_keep_nothing():
     assert paths(made(on(), offload="sequential")) == PLAIN
 
