@@ -33,6 +33,8 @@ KERNELS = group_norm_triton, tokens_triton, products, doubling
 
 log = logging.getLogger(__name__)
 
+_STARTING = threading.Lock()
+
 
 class KernelsAhead:
     """Compiles the kernels beside whatever the program does, and knows whether that failed."""
@@ -79,10 +81,11 @@ def start_triton() -> None:
 
     The first kernel would do one after the other. Several at once would each do all of it.
     """
-    hashing = threading.Thread(target=hash_triton, daemon=True)
-    hashing.start()
-    triton.runtime.driver.active.get_current_device()
-    hashing.join()
+    with _STARTING:
+        hashing = threading.Thread(target=hash_triton, daemon=True)
+        hashing.start()
+        triton.runtime.driver.active.get_current_device()
+        hashing.join()
 
 
 def hash_triton() -> None:
