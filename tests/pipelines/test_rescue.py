@@ -12,6 +12,7 @@ import torch
 
 import russet
 from russet.pipelines import rescue
+from russet.pipelines.guidance import Conditioning, Guidance
 
 pytestmark = pytest.mark.cpu_half
 
@@ -77,6 +78,32 @@ def test_an_overflow_in_the_middle_goes_on_from_the_last_good_latents(half: Any,
     assert psnr(wanted, output.images) > 25
 
 
+def test_steps_made_again_are_guided_as_they_were(half: Any, psnr: Any) -> None:
+    """A callback has switched guidance off since; steps before that are made again with it."""
+    half.finite_in = torch.float16
+    rows: list[int] = []
+
+    def halve(pipe: Any, index: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index != 6:
+            return {}
+        pipe._guidance_scale = 0.0
+        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
+
+    def break_late(unet: Any, args: Any, output: Any) -> Any:
+        rows.append(len(output[0]))
+        broken = unet.dtype == torch.float16 and len(rows) >= 7
+        return (output[0] * float("nan"),) if broken else output
+
+    kinds = {"callback_on_step_end": halve, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    call = FAST | kinds | {"num_inference_steps": 9, "num_images_per_prompt": 2}
+    wanted = half("a horse", **call).images
+    hook = half.unet.register_forward_hook(break_late)
+    output = half("a horse", **call)
+    hook.remove()
+    assert len(output.notes) == 2
+    assert psnr(wanted, output.images) > 25
+
+
 @pytest.mark.parametrize(
     ("reads", "told"),
     [
@@ -87,7 +114,8 @@ def test_an_overflow_in_the_middle_goes_on_from_the_last_good_latents(half: Any,
 )
 def test_a_look_is_told_when_it_is_due_and_the_last_good_place_is_known(reads: str, told: list[Any]) -> None:
     good, bad = torch.ones(2), torch.tensor([1.0, float("inf")])
-    places = [rescue.Good(step, good if step <= 10 else bad, []) for step in (0, 5, 10, 15, 20)]
+    told_then = Conditioning(good), Guidance()
+    places = [rescue.Good(step, good if step <= 10 else bad, [], *told_then) for step in (0, 5, 10, 15, 20)]
     watch, found = rescue.Watch(places[0], reads, trusted=True), []
     for place in places[1:]:
         found.append((watch.see(place), watch.good.step))

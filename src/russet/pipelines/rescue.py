@@ -21,6 +21,7 @@ from russet.devices.plan import Plan
 from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model
 from russet.pipelines import engine, placement
+from russet.pipelines.guidance import Conditioning, Guidance
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,16 @@ UNREAD = {"at once": 0, "one later": 1, "at the end": sys.maxsize}  # looks, by 
 
 @dataclass(frozen=True)
 class Good:
-    """A place in a run to go on from: the step that begins there, its latents, and the state of the noise."""
+    """A place in a run to go on from: the step that begins there, its latents, and the state of the noise.
+
+    conditioning, guidance: what the denoiser was told there, which a callback may have changed since.
+    """
 
     step: int
     latents: Tensor
     noise: list[Tensor]
+    conditioning: Conditioning
+    guidance: Guidance
 
 
 class Look:

@@ -72,7 +72,7 @@ class Sampling:
         Latents that are no longer finite are made again from the last good ones, in more precise arithmetic.
         """
         schedule = self.schedule
-        good = rescue.Good(0, start * schedule.init_noise_sigma, noise.state())
+        good = self._place(0, start * schedule.init_noise_sigma, noise)
         unet = self.pipe.unet
         left = rescue.remedies("unet", unet, self.plan)
         with self.pipe.progress_bar(total=len(schedule.timesteps)) as bar, rescue.restored("unet", unet, self.plan):
@@ -83,7 +83,7 @@ class Sampling:
                 if finite or not left:
                     break
                 self.notes.append(left.pop(0).apply())
-                self.aim()
+                self._back_to(good)
         self.pipe.finite_in = unet.dtype if finite and not self.notes else None
         if not finite:
             self.notes.append("the latents are not finite even in float32: the weights or the inputs must be damaged")
@@ -104,11 +104,21 @@ class Sampling:
             if self.pipe.interrupt:
                 break
             if (step.index + 1) % rescue.LOOK_EVERY == 0 and run.point in schedule.points:
-                place = rescue.Good(schedule.points.index(run.point), run.latents, noise.state())
+                place = self._place(schedule.points.index(run.point), run.latents, noise)
                 if not watch.see(place):
                     return watch.good, False
         finite = watch.end(run.latents)
         return watch.good, finite
+
+    def _place(self, step: int, latents: Tensor, noise: NoiseSource) -> rescue.Good:
+        """Where the run is now."""
+        return rescue.Good(step, latents, noise.state(), self.conditioning, self.guidance)
+
+    def _back_to(self, place: rescue.Good) -> None:
+        """Asks the denoiser what it was asked there, and not what a callback has made of it since."""
+        self.conditioning, self.guidance = place.conditioning, place.guidance
+        self.pipe._guidance_scale = self.guidance.scale
+        self.aim()
 
     def _call_back(self, run: Run, index: int, step: engine.Step) -> None:
         """Shows the caller the step, and takes what it changed."""
