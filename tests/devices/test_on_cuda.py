@@ -55,6 +55,14 @@ def places(pipe: Any) -> set[str]:
 # -- the same picture
 
 
+def test_a_picture_in_inference_mode_is_the_same_and_so_is_the_next_one_outside_of_it(closeness: Any) -> None:
+    pipe = embedded(dtype=torch.float16)
+    with torch.inference_mode():
+        first = pipe(PROMPT, seed=42, **SETTINGS).images
+    assert pipe.graphs._recordings
+    assert closeness("in inference mode, outside of it", first, pipe(PROMPT, seed=42, **SETTINGS).images) >= 40
+
+
 def test_the_same_seed_gives_the_same_picture_on_cpu_and_cuda(single: Any, on_cpu: Any, closeness: Any) -> None:
     assert closeness("float32, cuda against cpu", on_cpu, single(PROMPT, seed=42, **SETTINGS).images) >= 50
 

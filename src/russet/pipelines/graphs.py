@@ -26,12 +26,24 @@ Call = Callable[..., tuple[Tensor, ...]]
 KEPT = 6  # recordings: one more drops the one that was not used for longest
 
 
+class Given:
+    """Which tensor was given, and as of when. It is not kept: a prompt's keys and values are large."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self._version = weakref.ref(x), None if x.is_inference() else x._version
+
+    def is_still(self, x: Tensor) -> bool:
+        """Whether x is that tensor, unchanged. torch does not count the changes of what inference mode made."""
+        return self._x() is x and self._version is not None and self._version == x._version
+
+
 class Recording:
     """One call as a graph, for inputs of one shape."""
 
     def __init__(self, call: Call, inputs: Sequence[Tensor], pool: Any) -> None:
-        self._inputs = [x.clone() for x in inputs]
-        self._given = [(weakref.ref(x), x._version) for x in inputs]  # not kept: a prompt's keys and values are large
+        with torch.inference_mode(False), torch.no_grad():  # else they could not be written outside of that mode
+            self._inputs = [x.clone() for x in inputs]
+        self._given = [Given(x) for x in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._outputs = call(*self._inputs)
@@ -39,10 +51,9 @@ class Recording:
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         for i, x in enumerate(inputs):
-            before, version = self._given[i]
-            if x is not before() or x._version != version:  # the text is the same in all steps
+            if not self._given[i].is_still(x):  # the text is the same in all steps
                 self._inputs[i].copy_(x)
-                self._given[i] = weakref.ref(x), x._version
+                self._given[i] = Given(x)
         self._graph.replay()
         return tuple(output.clone() for output in self._outputs)
 
