@@ -18,6 +18,11 @@ from russet import elementwise_triton, group_norm_triton, products_triton  # noq
 from russet.elementwise_triton import Fused  # noqa: E402
 
 
+def without_its_gradient(x: torch.Tensor) -> bool:
+    """Whether the kernels are made for a tensor, wherever it is."""
+    return not (torch.is_grad_enabled() and x.requires_grad)
+
+
 @pytest.fixture(autouse=True)
 def _without_gradients():
     with torch.no_grad():
@@ -260,6 +265,40 @@ def test_a_unet_computes_the_same_by_kernels(given, monkeypatch):
     kept = []
     for block in unet.down_blocks:  # what somebody watches is not overwritten
         block.resnets[0].register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    watched = [unet.mid_block.attentions[0], unet.up_blocks[-1].attentions[0]]
+    for attention in watched:
+        attention.register_forward_pre_hook(lambda module, args: kept.append((args[0], args[0].clone())))
     torch.testing.assert_close(unet(x, 500, text).sample, expected, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(out, before) for out, before in kept)
-    assert len(kept) == 2
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize("trained", ["conv_shortcut.weight", "conv1.bias", "conv2.bias"])
+def test_what_alone_is_trained_gets_the_gradient_of_pytorch(trained, monkeypatch):
+    from russet.models.resnet import Resnet, ResnetStyle
+    from russet.models.spare import Spare
+
+    monkeypatch.setattr(elementwise_triton, "computes", without_its_gradient)
+    block = Resnet(40, 80, ResnetStyle(groups=4, eps=1e-5)).to(DEVICE, memory_format=torch.channels_last)
+    weight = block.requires_grad_(False).get_parameter(trained).requires_grad_()
+    gradients = []
+    for steps in (PLAIN, Fused(silu, False)):
+        block.steps = steps
+        with torch.enable_grad():
+            Spare(made(2, 40, 6, 6)).into(block).square().sum().backward()
+        gradients.append(weight.grad)
+        weight.grad = None
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_last_bias_of_a_transformer_gets_its_gradient(monkeypatch):
+    from russet.models.text import Text
+    from russet.models.transformer import SpatialTransformer
+
+    monkeypatch.setattr(elementwise_triton, "computes", without_its_gradient)
+    layer = SpatialTransformer(32, 4, 1, 16, groups=4, linear=True).to(DEVICE, memory_format=torch.channels_last)
+    bias = layer.requires_grad_(False).proj_out.bias.requires_grad_()
+    layer.steps = Fused(silu, False)
+    with torch.enable_grad():
+        layer(made(2, 32, 6, 6), Text(made(2, 7, 16)), spare=True).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 2.0 * 36))

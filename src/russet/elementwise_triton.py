@@ -57,13 +57,14 @@ class Fused:
         *,
         spare: bool = False,
     ) -> Tensor:
-        known = act in (None, self._silu) and type(norm) is nn.GroupNorm and not hooked(norm)
-        if not known or not takes(x) or self._failed():
+        known = act in (None, self._silu) and type(norm) is nn.GroupNorm and readable(norm)
+        if not known or not takes(x) or not (shift is None or computes(shift)) or self._failed():
             return PLAIN.normed(x if shift is None else x + shift[:, :, None, None], norm, act)
+        spare = spare and not torch.is_grad_enabled()  # what read x may want it as it was, for a gradient of its own
         return group_norm(x, norm, act is not None, shift, spare, self._sums_of(x))
 
     def normed_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
-        known = type(norm) is nn.GroupNorm and not hooked(norm) and last.bias is not None and not hooked(last)
+        known = type(norm) is nn.GroupNorm and readable(norm) and last.bias is not None and readable(last)
         if not known or not takes(x) or self._failed():
             return self.normed(x, norm), False
         return group_norm(x, norm, False, None, told=self._sums_of(x), later=last.bias), True
@@ -71,7 +72,7 @@ class Fused:
     def convolved(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if not takes(x) or hooked(conv) or conv.bias is None or self._failed():
+        if not takes(x) or not readable(conv) or conv.bias is None or self._failed():
             return PLAIN.convolved(x, conv, shift, whole=whole)
         if conv.kernel_size == (1, 1):  # a product, which adds its bias by itself
             y = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
@@ -91,7 +92,7 @@ class Fused:
         if shift is None:
             return PLAIN.added(h, x)
         fits = takes(h) and (x is None or (takes(x) and x.shape == h.shape)) and h.shape[1] >= FEW
-        if not fits or self._failed():
+        if not fits or not computes(shift) or self._failed():
             return PLAIN.added(h.add_(shift[:, :, None, None]), x)
         return self._telling(h, shifted_sum(h, x, shift))
 
@@ -122,7 +123,7 @@ class Fused:
         return layer_norm(x, norm, None) if taken else PLAIN.layer_norm(x, norm)
 
     def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
-        if not (computes(x) and x.is_contiguous()) or hooked(proj) or self._failed():
+        if not (computes(x) and x.is_contiguous()) or not readable(proj) or self._failed():
             return PLAIN.geglu(x, proj)
         whole = self._gated_products and products.takes(x, proj)
         return products.gated_product(x, proj) if whole else gated(proj(x))
@@ -131,7 +132,7 @@ class Fused:
         self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
     ) -> tuple[Tensor, Tensor, bool]:
         taken = takes_tokens(h, norm) and takes_tokens(x, norm) and h.shape == x.shape
-        if not taken or hooked(last) or last.bias is None or self._failed():
+        if not taken or not readable(last) or last.bias is None or self._failed():
             return *self.added_norm(h, x, norm), False
         return h, layer_norm(h, norm, x, last.bias), True
 
@@ -148,6 +149,12 @@ def computes(x: Tensor) -> bool:
     return x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad) and x.numel() < 2**31
 
 
+def readable(layer: nn.Module) -> bool:
+    """Whether the kernels may read a layer's weights: nothing watches it, and no gradient of them is wanted."""
+    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in layer.parameters(recurse=False))
+    return not hooked(layer) and not trained
+
+
 def takes(x: Tensor) -> bool:
     """Whether the kernels take a map: channels-last."""
     return computes(x) and x.is_contiguous(memory_format=torch.channels_last)
@@ -155,5 +162,5 @@ def takes(x: Tensor) -> bool:
 
 def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
     """Whether the kernels normalise such tokens."""
-    plain = type(norm) is nn.LayerNorm and not hooked(norm) and norm.weight is not None and norm.bias is not None
+    plain = type(norm) is nn.LayerNorm and readable(norm) and norm.weight is not None and norm.bias is not None
     return computes(x) and x.is_contiguous() and plain and x.shape[-1] <= 8192

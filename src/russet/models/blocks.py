@@ -34,7 +34,7 @@ class DownBlock(nn.Module):
                 return maps
             x = resnet(x, time)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, text, spare=not hooked(resnet))
+                x = attended(x, resnet, self.attentions[i], text)
             maps.append(x)
         if len(maps) != count:
             maps.extend(downsample(x) for downsample in self.downsamplers)
@@ -54,7 +54,7 @@ class MidBlock(nn.Module):
     def forward(self, x: Tensor, time: Time, text: Text) -> Tensor:
         x = self.resnets[0](x, time)
         for before, attention, resnet in zip(self.resnets[:-1], self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, text, spare=not hooked(before)), time)
+            x = resnet(attended(x, before, attention, text), time)
         return x
 
 
@@ -84,12 +84,17 @@ class UpBlock(Stepping):
             del x  # before the level's widest moment
             x = joined.into(resnet, time)
             if len(self.attentions) > 0:
-                x = self.attentions[i](x, text, spare=not hooked(resnet))
+                x = attended(x, resnet, self.attentions[i], text)
         if end is not None and end < len(self.resnets):
             return x
         for upsample in self.upsamplers:
             x = upsample(x, (skips[-1].shape[2], skips[-1].shape[3]))
         return x
+
+
+def attended(x: Tensor, made_by: nn.Module, attention: nn.Module, text: Text) -> Tensor:
+    """What attention makes of a map, in its place unless somebody watches who made it or who takes it."""
+    return attention(x, text, spare=not (hooked(made_by) or hooked(attention)))  # type: ignore[no-any-return]
 
 
 def attentions(level: Level, config: UNetConfig) -> nn.ModuleList:
