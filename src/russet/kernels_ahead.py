@@ -41,20 +41,26 @@ class KernelsAhead:
 
     def __init__(self, gated_products: bool, transposed: bool) -> None:
         self._wanted = gated_products, transposed
-        self._jobs: dict[tuple[torch.device, torch.dtype], threading.Thread] = {}
+        self._jobs: dict[tuple[torch.device, torch.dtype], tuple[threading.Thread, ...]] = {}
         self._failed = False
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Begins to compile the kernels for a dtype, and to start cuDNN; what compiles kernels may fail."""
         if (device, dtype) not in self._jobs:
-            self._jobs[device, dtype] = job = threading.Thread(target=self._compile, args=(device, dtype), daemon=True)
-            job.start()
-            threading.Thread(target=start_cudnn, args=(device, dtype), daemon=True).start()
+            self._jobs[device, dtype] = jobs = tuple(
+                threading.Thread(target=job, args=(device, dtype), daemon=True) for job in (self._compile, start_cudnn)
+            )
+            for job in jobs:
+                job.start()
 
     def failed(self) -> bool:
-        """Whether there are no kernels. Waits for those that are being compiled."""
-        for job in tuple(self._jobs.values()):
-            job.join()
+        """Whether there are no kernels. Waits for those that are being compiled, and for cuDNN's start.
+
+        While a call is recorded, no other thread may take memory on the GPU.
+        """
+        for jobs in tuple(self._jobs.values()):
+            for job in jobs:
+                job.join()
         return self._failed
 
     def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
