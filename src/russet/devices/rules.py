@@ -30,7 +30,7 @@ def half_or_full(facts: Facts) -> tuple[str, str]:
     if facts.device == "cpu" and facts.bf16:
         # Not by itself: the weights would be rounded as soon as they are read, though they may yet be saved or moved.
         # Measured on a Zen with AVX-512 BF16, one thread, torch 2.13, one guided UNet call of Stable Diffusion 1.5:
-        # 10.4 processor seconds against 13.8. The embedded model's pictures stay 45 dB and more from float32's.
+        # 10.4 processor seconds against 13.8. The embedded model's pictures stay 42 dB and more from float32's.
         return "float32", "exact; bfloat16, if asked for, takes half the memory and less time on this CPU"
     if facts.device == "cpu":
         return "float32", "CPUs compute float16 slowly"
