@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 import russet
-from russet.devices import published
-from russet.devices.plan import Plan
 from russet.errors import DoesNotFit
+from russet.planning import reference_models
+from russet.planning.plan import Plan
 
 WITHIN = 0.1
 PHASES = ("text", "denoise", "decode")
@@ -111,9 +111,9 @@ def pipeline(dtype: torch.dtype) -> Watched:
     levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.device("cuda"):
         networks = {
-            "unet": russet.UNet2DConditionModel.from_config(published.SD15_UNET),
-            "vae": russet.AutoencoderKL.from_config({**published.VAE, **levels, "scaling_factor": 0.18215}),
-            "text_encoder": russet.CLIPTextModel.from_config(published.CLIP_L),
+            "unet": russet.UNet2DConditionModel.from_config(reference_models.SD15_UNET),
+            "vae": russet.AutoencoderKL.from_config({**reference_models.VAE, **levels, "scaling_factor": 0.18215}),
+            "text_encoder": russet.CLIPTextModel.from_config(reference_models.CLIP_L),
         }
     parts = russet.DiffusionPipeline.from_pretrained("mini")
     networks = {name: network.to(dtype).requires_grad_(False) for name, network in networks.items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from russet.errors import RussetError as RussetError
-    from russet.image_processor import CLIPImageProcessor as CLIPImageProcessor
+    from russet.images.clip_processor import CLIPImageProcessor as CLIPImageProcessor
     from russet.models.clip_text import CLIPTextModel as CLIPTextModel
     from russet.models.clip_text import CLIPTextModelWithProjection as CLIPTextModelWithProjection
     from russet.models.clip_vision import CLIPVisionModelWithProjection as CLIPVisionModelWithProjection
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline as LatentConsistencyModelPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
-    from russet.samplers import list_samplers as list_samplers
-    from russet.samplers import list_schedules as list_schedules
     from russet.schedulers.named import DDIMCFGPPScheduler as DDIMCFGPPScheduler
     from russet.schedulers.named import DDIMScheduler as DDIMScheduler
     from russet.schedulers.named import DDPMScheduler as DDPMScheduler
@@ -53,17 +51,19 @@ if TYPE_CHECKING:
     from russet.schedulers.named import RestartScheduler as RestartScheduler
     from russet.schedulers.named import TCDScheduler as TCDScheduler
     from russet.schedulers.named import UniPCMultistepScheduler as UniPCMultistepScheduler
-    from russet.tokenizer import CLIPTokenizer as CLIPTokenizer
+    from russet.schedulers.names import list_samplers as list_samplers
+    from russet.schedulers.names import list_schedules as list_schedules
+    from russet.text.tokenizer import CLIPTokenizer as CLIPTokenizer
 
 __version__ = "0.1.0"
 
 HOMES = {
     "AutoencoderKL": "russet.models.vae",
     "AutoencoderTiny": "russet.models.tiny_vae",
-    "CLIPImageProcessor": "russet.image_processor",
+    "CLIPImageProcessor": "russet.images.clip_processor",
     "CLIPTextModel": "russet.models.clip_text",
     "CLIPTextModelWithProjection": "russet.models.clip_text",
-    "CLIPTokenizer": "russet.tokenizer",
+    "CLIPTokenizer": "russet.text.tokenizer",
     "CLIPVisionModelWithProjection": "russet.models.clip_vision",
     "DDIMCFGPPScheduler": "russet.schedulers.named",
     "DDIMScheduler": "russet.schedulers.named",
@@ -96,8 +96,8 @@ HOMES = {
     "TCDScheduler": "russet.schedulers.named",
     "UNet2DConditionModel": "russet.models.unet",
     "UniPCMultistepScheduler": "russet.schedulers.named",
-    "list_samplers": "russet.samplers",
-    "list_schedules": "russet.samplers",
+    "list_samplers": "russet.schedulers.names",
+    "list_schedules": "russet.schedulers.names",
 }
 """Public name → the module that defines it."""
 

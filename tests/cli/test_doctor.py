@@ -7,8 +7,8 @@ import json
 import russet
 from russet.cli.app import run
 from russet.cli.doctor import lines
-from russet.devices.doctor import doctor
-from russet.devices.facts import mac
+from russet.diagnostics.doctor import doctor
+from russet.hardware.facts import mac
 
 
 def test_this_machine_is_judged_in_words(capsys):
@@ -33,7 +33,7 @@ def test_the_self_test_is_shown_line_by_line(capsys):
 
 
 def test_the_self_test_goes_into_the_json_and_fails_where_it_is_wrong(capsys, monkeypatch):
-    from russet.pipelines import self_test
+    from russet.diagnostics import self_test
 
     wrong = self_test.Line("addition", "float32", "wrong", difference=float("nan"), tolerance=1e-3)
     monkeypatch.setattr(self_test, "self_test", lambda device: iter([wrong]))
@@ -50,7 +50,7 @@ def test_a_mac_is_told_its_known_defects_and_what_is_done_about_them():
 
 
 def test_a_problem_ends_with_1(capsys, monkeypatch):
-    from russet.devices import facts
+    from russet.hardware import facts
 
     old = mac("M1", memory_gib=8, macos="11.0", torch="1.12.1")
     monkeypatch.setattr(facts, "read_facts", lambda device: old)

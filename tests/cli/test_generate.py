@@ -16,7 +16,7 @@ from PIL import Image
 
 import russet
 from russet.cli.app import run
-from russet.metadata import Parameters
+from russet.images.metadata import Parameters
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 QUICK = ["--steps", "2", "--device", "cpu"]
@@ -76,13 +76,13 @@ def test_a_sampler_is_chosen_by_name_and_told(here, capsys):
 
 
 def test_samplers_lists_names_that_work(capsys):
-    from russet import samplers
+    from russet.schedulers import names
 
     assert run(["samplers"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()]
     assert listed == russet.list_samplers()
     for name in listed:
-        assert samplers.title(samplers.make(name)) == samplers.SAMPLERS[name].title
+        assert names.title(names.make(name)) == names.SAMPLERS[name].title
 
 
 def test_several_pictures_have_several_seeds_and_the_report_is_json(here, capsys):

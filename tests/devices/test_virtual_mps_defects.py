@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from russet.devices import bugs
-from russet.devices.facts import mac as written_mac
+from russet.hardware import known_bugs
+from russet.hardware.facts import mac as written_mac
 
 from .virtual_mps import ProcessAborted, VirtualMac
 from .virtual_mps.defects import DEFECTS
@@ -237,7 +237,7 @@ def test_bugs_can_be_chosen_and_unknown_ones_are_refused():
 
 
 def test_the_plans_table_knows_each_defect_wherever_it_holds():
-    shared = [defect for defect in DEFECTS if defect.id in bugs.BY_ID]
+    shared = [defect for defect in DEFECTS if defect.id in known_bugs.BY_ID]
     assert len(shared) >= 13
     torches = ("1.13.1", "2.0.1", "2.1.2", "2.5.1", "2.6.0", "2.8.0", "2.12.1", "2.13.0", "2.14.0")
     for chip, macos, torch_version in itertools.product(
@@ -246,4 +246,4 @@ def test_the_plans_table_knows_each_defect_wherever_it_holds():
         facts = written_mac(chip, memory_gib=16, macos=macos, torch=torch_version)
         for defect in shared:
             if defect.holds(chip, version(torch_version), version(macos)):
-                assert bugs.affected(facts, defect.id), (defect.id, chip, macos, torch_version)
+                assert known_bugs.affected(facts, defect.id), (defect.id, chip, macos, torch_version)

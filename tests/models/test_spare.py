@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from russet.elementwise import Plain
+from russet.backends.ops import Plain
 from russet.models.resnet import Resnet, ResnetStyle
 from russet.models.spare import Spare, taken
 from russet.models.unet import UNet2DConditionModel

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from russet.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
-from russet.elementwise import Plain
+from russet.backends.ops import Plain
 from russet.errors import InputError
 from russet.models import sums
+from russet.models.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.models.resnet import Resnet, ResnetStyle
 from russet.models.spare import Spare
 from russet.models.transformer import MultiHeadAttention

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import russet
-from russet.devices import parameters
-from russet.devices.sizes import VAESizes
 from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
+from russet.planning import parameters
+from russet.planning.workload import VAESizes
 
 SMALL: dict[str, Any] = {
     "encoder_block_out_channels": (8, 8, 8),

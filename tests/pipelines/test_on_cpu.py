@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import russet
-from russet.elementwise_cpu import OnCPU
+from russet.backends.cpu.ops import OnCPU
 from russet.models.linears import OneDNNLinear
-from russet.tokenizer import CLIPTokenizer
+from russet.text.tokenizer import CLIPTokenizer
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 

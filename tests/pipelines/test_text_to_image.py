@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import russet
-from russet.attention import HAS_SDPA
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError, UnsupportedArgument
+from russet.models.attention import HAS_SDPA
 
 FAST = {"num_inference_steps": 2, "output_type": "np"}
 SAME = 60.0  # dB

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from russet.checkpoints import folder, old_configs, stored_file
+from russet.checkpoints import folder
 from russet.checkpoints.classes import COMPONENTS, entry_of
-from russet.checkpoints.draft import Draft
+from russet.checkpoints.formats import weight_file
+from russet.checkpoints.layouts import old_configs
 from russet.checkpoints.locate import locate
 from russet.checkpoints.options import Options, Precision, precision_of, read_dtype
+from russet.checkpoints.pending_weights import Draft
 from russet.errors import ArgumentTypeError, MissingFile, UnsafeFile, UnsupportedArgument
 
 log = logging.getLogger(__name__)
@@ -71,9 +73,9 @@ def pipeline(
     overrides, options = dict(overrides or {}), options or Options()
     place = locate(source)
     if isinstance(place, str):
-        from russet.checkpoints import hub
+        from russet.checkpoints.hub import download
 
-        place = hub.fetch_pipeline(place, options, skipped=overrides)
+        place = download.fetch_pipeline(place, options, skipped=overrides)
     index = folder.read_index(place)
     check_overrides(overrides, index.parts)
     started = time.perf_counter()
@@ -84,7 +86,7 @@ def pipeline(
     }
     choices = {part: draft.choice for part, draft in drafts.items() if draft.choice is not None}
     folder.check_variant(choices, options.variant, place)
-    postponed = postponed and stored_file.HELD
+    postponed = postponed and weight_file.HELD
     made = {
         part: draft.component if postponed else draft.make(precision_of(dtype, part), device)
         for part, draft in drafts.items()
@@ -125,9 +127,9 @@ def component(
     inner = _inner(subfolder)
     place = locate(source)
     if isinstance(place, str):
-        from russet.checkpoints import hub
+        from russet.checkpoints.hub import download
 
-        place = hub.fetch_component(place, entry, wanted, inner)
+        place = download.fetch_component(place, entry, wanted, inner)
     place = place / inner
     if not place.is_dir():
         raise MissingFile(f"there is no folder {place}")

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
-from russet.cli.drawing import draw, loaded
 from russet.cli.job import Job, job_options
+from russet.cli.pictures import draw, loaded
 from russet.cli.screen import Screen
 from russet.errors import DoesNotFit, InputError, RussetError
-from russet.smallfiles import parse_json, read_text
+from russet.file_io import parse_json, read_text
 
 KEYS = {
     "prompt": "a text",

@@ -47,7 +47,7 @@ def command(
     Prints a Markdown table of one row, which belongs into docs/en/benchmarks.md. Close other programs first; the
     smallest figures are the true ones.
     """
-    from russet.pipelines.bench import bench, header
+    from russet.diagnostics.bench import bench, header
 
     pipe = open_pipeline(model, dtype=dtype, device=device)
     pipe.set_progress_bar_config(**Screen(quiet=as_json).bar("draw"))

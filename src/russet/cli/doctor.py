@@ -11,8 +11,8 @@ import click
 import russet
 
 if TYPE_CHECKING:
-    from russet.devices.doctor import Report
-    from russet.pipelines.self_test import Line
+    from russet.diagnostics.doctor import Report
+    from russet.diagnostics.self_test import Line
 
 PROBLEM = 1
 """The exit code where a requirement is not met."""
@@ -28,8 +28,8 @@ def command(device: str | None, self_test: bool, as_json: bool) -> int:
     Every requirement is a line: ok, warning or problem, and what to do. Then come the known defects of this PyTorch and
     this macOS, and the plan for two well-known models. Ends with 1 where there is a problem, or a wrong result.
     """
-    from russet.devices.doctor import doctor
-    from russet.devices.facts import read_facts
+    from russet.diagnostics.doctor import doctor
+    from russet.hardware.facts import read_facts
 
     report = doctor(read_facts(device))
     if not as_json:
@@ -45,7 +45,7 @@ def command(device: str | None, self_test: bool, as_json: bool) -> int:
 
 def shown_self_test(device: str | None, *, quiet: bool) -> Iterator[Line]:
     """Runs the self-test, each line shown as it comes."""
-    from russet.pipelines.self_test import self_test
+    from russet.diagnostics.self_test import self_test
 
     if not quiet:
         click.echo("\nSelf-test: largest difference from the CPU in float32, as a share of the largest number")
@@ -59,7 +59,7 @@ def right(tested: Sequence[Line]) -> bool:
     """Whether every line of a self-test is as it should be; of none, too."""
     if not tested:
         return True
-    from russet.pipelines.self_test import passed
+    from russet.diagnostics.self_test import passed
 
     return passed(tested)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from russet.cli.drawing import draw, loaded
 from russet.cli.job import Job, job_options
+from russet.cli.pictures import draw, loaded
 from russet.cli.screen import Screen
 
 

@@ -13,7 +13,7 @@ import click
 from russet.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
-    from russet.checkpoints.reports import Report
+    from russet.checkpoints.inspect_report import Report
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
@@ -53,10 +53,10 @@ def memory_for(report: Report, size: str, device: str | None) -> str:
         raise click.UsageError(f"a size is two numbers of pixels, such as 512x768, not {size!r}")
     if not {"unet", "vae"} <= set(report.configs):
         raise InputError(f"{report.path} holds no whole model, so nothing can be predicted for a picture")
-    from russet.devices.decisions import gigabytes
-    from russet.devices.facts import read_facts
-    from russet.devices.plan import plan
-    from russet.devices.sizes import Sizes
+    from russet.hardware.facts import read_facts
+    from russet.planning.decisions import gigabytes
+    from russet.planning.plan import plan
+    from russet.planning.workload import Sizes
 
     facts = read_facts(device)
     given: dict[str, Any] = {name: report.configs[name] for name in NETWORKS if name in report.configs}
@@ -75,7 +75,7 @@ def inspect_picture(path: Path, as_json: bool) -> None:
     """
     from PIL import Image
 
-    from russet.metadata import KEY, Parameters
+    from russet.images.metadata import KEY, Parameters
 
     try:
         with Image.open(path) as image:

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from russet import samplers
 from russet.cli.loading import DEMO, device_option, dtype_option, height_option, model_option, width_option
 from russet.errors import InputError, OutputError
+from russet.schedulers import names
 
 STEPS, GUIDANCE = 50, 7.5
 DEMO_STEPS, DEMO_GUIDANCE = 25, 5.0  # where mini draws best, says its README
@@ -52,7 +52,7 @@ class Job:
             OutputError: no picture can be written where it is to go.
         """
         if self.sampler is not None:
-            samplers.parse(self.sampler)
+            names.parse(self.sampler)
         check_output(self.output)
         if self.preview is not None:
             if self.preview.suffix.lower() != PNG:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from russet import samplers
+from russet.schedulers import names
 
 DEMO = "mini"
 SINGLE_FILES = (".safetensors", ".ckpt")
@@ -32,12 +32,12 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES), help="[default
 def open_pipeline(model: str, *, dtype: str | None, device: str | None, sampler: str | None = None) -> Any:
     """Loads a model onto a device, by default the best one."""
     from russet import DiffusionPipeline, StableDiffusionPipeline
-    from russet.devices.facts import best_device
+    from russet.hardware.facts import best_device
 
     if model.endswith(SINGLE_FILES):
         pipe: Any = StableDiffusionPipeline.from_single_file(model, torch_dtype=dtype)
     else:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
     if sampler is not None:
-        pipe.scheduler = samplers.make(sampler, pipe.scheduler.config)
+        pipe.scheduler = names.make(sampler, pipe.scheduler.config)
     return pipe.to(device or best_device())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from russet.elementwise import gelu
+from russet.backends.ops import gelu
 
 Activation = Callable[[Tensor], Tensor]
 

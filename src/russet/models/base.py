@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from russet.attention import Attention, fused
+from russet.backends.ops import PLAIN, Elementwise
 from russet.component import Component
 from russet.config import Config
-from russet.elementwise import PLAIN, Elementwise
 from russet.errors import ArgumentTypeError
+from russet.models.attention import Attention, fused
 from russet.models.sums import Summing
 from russet.models.together import SideBySide, Together
 
@@ -74,17 +74,17 @@ class Model(nn.Module, Component):
         return next(self.parameters()).device
 
     def set_attention(self, attention: Attention) -> None:
-        """Makes every attention layer beneath compute by ``attention``, a function of ``russet.attention``.
+        """Makes every attention layer beneath compute by ``attention``, a function of ``russet.models.attention``.
 
         Raises:
             ArgumentTypeError: ``attention`` cannot be called.
         """
         if not callable(attention):
-            raise ArgumentTypeError(f"attention must be a function of russet.attention, not {attention!r}")
+            raise ArgumentTypeError(f"attention must be a function of russet.models.attention, not {attention!r}")
         hand(self.modules(), attention=attention)
 
     def set_elementwise(self, steps: Elementwise) -> None:
-        """Makes every module beneath compute its norms, activations and sums by ``steps`` of ``russet.elementwise``."""
+        """Makes every module beneath compute its norms, activations and sums by ``steps``."""
         hand(self.modules(), steps=steps)
 
     def lay_together(self) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from russet.elementwise import hooked
+from russet.backends.ops import hooked
 from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Time, Upsample
 from russet.models.spare import Spare, taken

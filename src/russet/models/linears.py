@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from russet import onednn
-from russet.elementwise import linear
+from russet.backends.cpu import onednn
+from russet.backends.ops import linear
 from russet.models.transformer import Pointwise
 
 

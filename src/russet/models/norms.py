@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.norm_sizes import at_once
+from russet.backends.norm_heuristics import at_once
 
 
 class ComposedGroupNorm(nn.GroupNorm):

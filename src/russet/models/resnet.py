@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.elementwise import convolution, hooked, resized
+from russet.backends.ops import convolution, hooked, resized
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Stepping
 from russet.models.embeddings import paired

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from russet.elementwise import hooked
+from russet.backends.ops import hooked
 
 
 class Spare:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.attention import Attention, room, widened
-from russet.elementwise import hooked, linear
+from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
+from russet.backends.ops import hooked, linear
+from russet.models.attention import Attention, room, widened
 from russet.models.together import Together
-from russet.product_sizes import ONES, PADDED, REPEATED
 
 
 class Summing:

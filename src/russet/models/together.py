@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from russet.elementwise import hooked, linear
+from russet.backends.ops import hooked, linear
 from russet.models.embeddings import paired
 
 

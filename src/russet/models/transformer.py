@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from russet.attention import is_fused, widened
-from russet.elementwise import gated, hooked, linear, repeated, seen
+from russet.backends.ops import gated, hooked, linear, repeated, seen
 from russet.models.absorbed import Absorbed
+from russet.models.attention import is_fused, widened
 from russet.models.base import Attending, Stepping
 from russet.models.sums import Summing, attention_sum, carried_bias
 from russet.models.text import Text

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from russet.elementwise import convolution, repeated
+from russet.backends.ops import convolution, repeated
 from russet.errors import InputError
 from russet.models.base import Stepping, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks

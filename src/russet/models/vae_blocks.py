@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from russet.elementwise import convolution, hooked
+from russet.backends.ops import convolution, hooked
 from russet.models.activations import silu
 from russet.models.base import Stepping
 from russet.models.resnet import Downsample, Resnet, ResnetStyle, Upsample

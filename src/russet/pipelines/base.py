@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from russet import arguments
+from russet import validation
 from russet.checkpoints import load, save
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
-from russet.pipelines import placement
-from russet.pipelines.moving import Movable
 from russet.pipelines.single_files import SingleFiles
-from russet.pipelines.slots import Slot
+from russet.residency import placement
+from russet.residency.lazy_component import Slot
+from russet.residency.moving import Movable
 
 ELSEWHERE = {
     "custom_pipeline": "no code comes from a checkpoint",
@@ -70,7 +70,7 @@ class DiffusionPipeline(Movable, SingleFiles):
 
     def __init__(self, *, requires_safety_checker: bool = True, **components: Any) -> None:
         check_components(type(self).__name__, self.parts, components)
-        self.requires_safety_checker = arguments.flag("requires_safety_checker", requires_safety_checker)
+        self.requires_safety_checker = validation.flag("requires_safety_checker", requires_safety_checker)
         self.index: Mapping[str, Any] = {}
         super().__init__()
         for name in self.parts:
@@ -117,7 +117,7 @@ class DiffusionPipeline(Movable, SingleFiles):
         elsewhere = {name: components.pop(name) for name in [*components] if name in ELSEWHERE}
         if elsewhere.get("low_cpu_mem_usage") is True:  # which is how Russet loads
             del elsewhere["low_cpu_mem_usage"]
-        arguments.refuse_unknown(elsewhere, ELSEWHERE, "from_pretrained()")
+        validation.refuse_unknown(elsewhere, ELSEWHERE, "from_pretrained()")
         precision = load.read_dtype(torch_dtype=torch_dtype, dtype=dtype)
         options = load.Options(
             variant=variant,
@@ -143,7 +143,7 @@ class DiffusionPipeline(Movable, SingleFiles):
         requires_safety_checker: bool | None = None,
     ) -> Self:
         """Makes the pipeline out of what was read. ``given`` are the components that the caller brought along."""
-        from russet.pipelines.classes import pipeline_class
+        from russet.pipelines.registry import pipeline_class
 
         kind = pipeline_class(loaded.class_name) if cls is DiffusionPipeline else cls
         check_components(f"{loaded.source} ({kind.__name__})", kind.parts, loaded.components)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from russet import arguments
+from russet import validation
 from russet.pipelines.output import StableDiffusionPipelineOutput
 from russet.pipelines.stable_diffusion import StableDiffusionPipeline
 
@@ -51,7 +51,7 @@ class LatentConsistencyModelPipeline(StableDiffusionPipeline):
         """
         asked = {"original_inference_steps": original_inference_steps}
         asked |= {name: others.pop(name) for name in ELSEWHERE if name in others}
-        arguments.refuse_unknown(asked, ELSEWHERE, "LatentConsistencyModelPipeline()")
+        validation.refuse_unknown(asked, ELSEWHERE, "LatentConsistencyModelPipeline()")
         return super().__call__(
             prompt,
             height,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from russet.devices.plan import Plan
+from russet.planning.plan import Plan
 
 
 @dataclass(frozen=True)

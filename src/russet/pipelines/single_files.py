@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import Self
 
 from russet.checkpoints import load
-from russet.checkpoints.single_file import single_file
-from russet.checkpoints.single_file_save import save_single_file
+from russet.checkpoints.single_file.load import single_file
+from russet.checkpoints.single_file.save import save_single_file
 from russet.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class SingleFiles:
     @classmethod
     def _accepted(cls, name: str) -> Collection[str]:
         """The components of this pipeline, or where this is the base of all, of the one that a file is for."""
-        from russet.pipelines.classes import PIPELINES
+        from russet.pipelines.registry import PIPELINES
 
         if not cls.parts and name not in PIPELINES:
             raise CheckpointError(

@@ -10,31 +10,32 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from russet import arguments
-from russet.devices.plan import Plan
-from russet.devices.sizes import Sizes
+from russet import validation
 from russet.errors import ConfigError, InputError
-from russet.image_processor import CLIPImageProcessor
-from russet.images import as_output
+from russet.generate import engine, overflow, safety
+from russet.generate import prompt as prompts
+from russet.generate.guidance import Conditioning
+from russet.generate.phase_times import Clock
+from russet.generate.previews import Previews
+from russet.generate.sampling import Sampling
+from russet.generate.spec import Geometry, TextToImage
+from russet.images.clip_processor import CLIPImageProcessor
+from russet.images.conversion import as_output
 from russet.models.autoencoder import Autoencoder
 from russet.models.clip_text import CLIPTextModel
 from russet.models.safety_checker import StableDiffusionSafetyChecker
 from russet.models.tiny_vae import AutoencoderTiny
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.pipelines import engine, placement, rescue, safety
-from russet.pipelines import prompt as prompts
 from russet.pipelines.base import DiffusionPipeline, Part
-from russet.pipelines.clock import Clock
-from russet.pipelines.guidance import Conditioning
 from russet.pipelines.output import StableDiffusionPipelineOutput
-from russet.pipelines.preview import Previews
-from russet.pipelines.request import Geometry, TextToImage
-from russet.pipelines.sampling import Sampling
-from russet.random_streams import NoiseSource
+from russet.planning.plan import Plan
+from russet.planning.workload import Sizes
+from russet.residency import placement
+from russet.rng import NoiseSource
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
-from russet.tokenizer import CLIPTokenizer
+from russet.text.tokenizer import CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             InputError: an argument is wrong, or Russet lacks it.
             DoesNotFit: the pictures need more memory than the device has.
         """
-        arguments.refuse_unknown(others, ELSEWHERE, "StableDiffusionPipeline()")
-        arguments.flag("return_dict", return_dict)
+        validation.refuse_unknown(others, ELSEWHERE, "StableDiffusionPipeline()")
+        validation.flag("return_dict", return_dict)
         request = TextToImage.of(
             self.geometry,
             {
@@ -276,7 +277,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            pixels, notes = rescue.decoded(self.vae, latents, plan)
+            pixels, notes = overflow.decoded(self.vae, latents, plan)
         if self.safety_checker is None or self.feature_extractor is None:
             return pixels, None, notes
         with self.at_work("safety_checker", plan):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from russet import arguments
-from russet.devices.choices import Request
+from russet import validation
 from russet.errors import ArgumentTypeError
-from russet.pipelines.deep_cache import DeepCache
+from russet.generate.deep_cache import DeepCache
+from russet.planning.plan_types import Request
 
 
 class Switches:
@@ -86,9 +86,9 @@ class Switches:
         """
         most = self.known("unet").deep_branches - 1
         self.deep_cache = DeepCache(
-            arguments.integer("interval", interval, least=1),
-            arguments.integer("branch", branch, least=0, most=most),
-            arguments.number("start", start, least=0.0, most=1.0),
+            validation.integer("interval", interval, least=1),
+            validation.integer("branch", branch, least=0, most=most),
+            validation.number("start", start, least=0.0, most=1.0),
         )
 
     def disable_deep_cache(self) -> None:

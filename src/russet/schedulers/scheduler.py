@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from russet import arguments
+from russet import validation
 from russet.config import field_types
 from russet.errors import InputError, UnsupportedArgument
-from russet.random_streams import Noise, draw
+from russet.rng import Noise, draw
 from russet.schedulers.schedule import Run, Schedule, of_unit_variance
-from russet.schedulers.timetable import Timetable
+from russet.schedulers.schedule_builder import Timetable
 
 Times = float | Sequence[float] | Tensor
 
@@ -78,7 +78,7 @@ class Scheduler(Timetable):
         **unknown: Any,
     ) -> None:
         """Lays out the next run; see ``schedule``. ``timesteps`` [calls] is put on the device."""
-        arguments.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
+        validation.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._plan = plan
         self.timesteps = torch.tensor(plan.timesteps, dtype=torch.int64 if self.whole else torch.float32).to(device)
@@ -88,7 +88,7 @@ class Scheduler(Timetable):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says that the run begins at ``timesteps[begin_index]`` (image to image)."""
-        begin_index = arguments.integer("begin_index", begin_index, least=0)
+        begin_index = validation.integer("begin_index", begin_index, least=0)
         self._forget()
         self.begin_index = self.step_index = begin_index
 
@@ -124,8 +124,8 @@ class Scheduler(Timetable):
         Raises:
             InputError: wrong shapes, a timestep that was not asked for, a step before ``set_timesteps``.
         """
-        sample = arguments.batch("sample", sample)
-        output = arguments.batch("model_output", model_output, like=sample)
+        sample = validation.batch("sample", sample)
+        output = validation.batch("model_output", model_output, like=sample)
         noise = self._noise(sample, generator, variance_noise)
         (plan, call), options = self._locate(timestep), self.read_options(options, eta)
         if self._run is None:
@@ -165,31 +165,31 @@ class Scheduler(Timetable):
             place = (timestep.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
             if 0 <= place < len(told) and timestep.device == self.timesteps.device:
                 return told[place]
-        return float(np.float32(arguments.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
+        return float(np.float32(validation.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
 
     def _noise(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
         if given is None:
-            generators = arguments.generators(generator, len(sample))
+            generators = validation.generators(generator, len(sample))
             return lambda: draw(sample.shape, generators, sample.device)
         if not self.takes_variance_noise:
             raise UnsupportedArgument(f"{type(self).__name__} does not take variance_noise; give a generator")
         if generator is not None:
             raise InputError("give a generator or variance_noise, not both")
-        noise = arguments.batch("variance_noise", given, like=sample).to(sample.device, torch.float32)
+        noise = validation.batch("variance_noise", given, like=sample).to(sample.device, torch.float32)
         return lambda: noise
 
     # -- noise, for training and for starting in the middle
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """Latents [B, C, h, w] with the noise of ``timesteps``, one for all or one for each, in the public form."""
-        image = arguments.batch("original_samples", original_samples)
-        noise = arguments.batch("noise", noise, like=image)
+        image = validation.batch("original_samples", original_samples)
+        noise = validation.batch("noise", noise, like=image)
         return self.border().noisy(image, noise, self._sigmas(timesteps, image))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """What a v_prediction model should answer for ``sample`` [B, C, h, w] with that noise."""
-        image, noise = arguments.batch("sample", sample), arguments.batch("noise", noise, like=sample)
+        image, noise = validation.batch("sample", sample), validation.batch("noise", noise, like=sample)
         sigmas = self._sigmas(timesteps, image)
         return of_unit_variance(noise.float() - sigmas * image.float(), sigmas).to(image.dtype)
 
@@ -209,5 +209,5 @@ class Scheduler(Timetable):
             for point in (*coming, *(calls[start] for start in self.starts(self._plan))):
                 if point.t == t:
                     return point.sigma
-        arguments.timesteps("timesteps", [t], self.table.last)
+        validation.timesteps("timesteps", [t], self.table.last)
         return self.table.sigma(t)

@@ -1,7 +1,8 @@
 """Known defects of mps, each with the versions that have it, and what it does to an operator's result.
 
-The ids are those of ``russet.devices.bugs`` where that table has the defect too; the ranges are written down here on
-their own, so that a test can hold one table against the other. Sources: the links in that table, and those given below.
+The ids are those of ``russet.hardware.known_bugs`` where that table has the defect too; the ranges are written down
+here on their own, so that a test can hold one table against the other. Sources: the links in that table, and those
+given below.
 
 An effect looks at an operator's arguments before it runs. It raises (a refusal, an abort) or returns what is to be done
 to the result: a function that spoils it in place. Defects of attention are in ``attention``, those of copies and sizes

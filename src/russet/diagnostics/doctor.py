@@ -1,0 +1,90 @@
+"""Is this machine fit for the work? Every requirement as a line, and what two well-known models would do here.
+
+``doctor(read_facts())`` gives a ``Report``: plain data, for a person to read and for a bug report to carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from russet.diagnostics.checks import Check, all_checks
+from russet.errors import DoesNotFit
+from russet.hardware.facts import Facts
+from russet.hardware.host_environment import Surroundings, look_around
+from russet.hardware.known_bugs import Bug, known
+from russet.planning import reference_models
+from russet.planning.plan import Plan, Request, plan
+from russet.planning.workload import Sizes
+
+MODELS = {
+    "Stable Diffusion 1.5 at 512×512": reference_models.sd15,
+    "Stable Diffusion XL at 1024×1024": reference_models.sdxl,
+}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a model would do on this machine: a plan, or why there is none."""
+
+    title: str
+    plan: Plan | None
+    refusal: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that the doctor found."""
+
+    facts: Facts
+    surroundings: Surroundings
+    checks: tuple[Check, ...]
+    bugs: tuple[Bug, ...]
+    forecasts: tuple[Forecast, ...]
+
+    @property
+    def verdict(self) -> Literal["ok", "warning", "problem"]:
+        """The worst status among the checks."""
+        statuses = {check.status for check in self.checks}
+        return "problem" if "problem" in statuses else "warning" if "warning" in statuses else "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON has it: versions as text, plans as their decisions."""
+        return {
+            "verdict": self.verdict,
+            "facts": plain(dataclasses.asdict(self.facts)),
+            "surroundings": plain(dataclasses.asdict(self.surroundings)),
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+            "bugs": [{name: getattr(bug, name) for name in ("id", "what", "remedy", "link")} for bug in self.bugs],
+            "forecasts": [
+                {"title": each.title, "refusal": each.refusal, "plan": each.plan.to_dict() if each.plan else None}
+                for each in self.forecasts
+            ],
+        }
+
+
+def doctor(facts: Facts, surroundings: Surroundings | None = None) -> Report:
+    """Judges a machine; ``surroundings`` are those of this process unless given."""
+    around = surroundings or look_around()
+    return Report(
+        facts=facts,
+        surroundings=around,
+        checks=tuple(all_checks(facts, around)),
+        bugs=known(facts),
+        forecasts=tuple(forecast(facts, title, make()) for title, make in MODELS.items()),
+    )
+
+
+def forecast(facts: Facts, title: str, sizes: Sizes) -> Forecast:
+    """The plan for a model that was loaded from the Hub, so that its weights can be read again."""
+    try:
+        return Forecast(title, plan(facts, sizes, Request(rereadable=True)))
+    except DoesNotFit as error:
+        return Forecast(title, None, str(error))
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, which are tuples, as text; all else as it is."""
+    return {name: ".".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,66 @@
+"""Deep features kept from step to step: DeepCache (arXiv:2312.00858).
+
+What the UNet computes far from its ends changes little between neighbouring steps. So the whole UNet works in every
+``interval``-th call only; in the calls between, its outermost blocks start from the deep map of the last whole call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from russet.generate.engine import Predict
+
+
+@dataclass(frozen=True)
+class DeepCache:
+    """How much work is left out.
+
+    interval: of so many calls in a row one computes everything; 1 leaves nothing out.
+    branch: which of the UNet's skip connections is the innermost that is computed in the others; 0 is the outermost.
+    start: the part of the noise schedule, 0..1, in which all calls are whole: the picture's layout is made there.
+    last_timestep: the noisiest timestep, at 0 of the schedule.
+    """
+
+    interval: int
+    branch: int
+    start: float
+    last_timestep: float = 999
+
+    def may_reuse(self, t: float) -> bool:
+        """Whether a call at this timestep may start from an older map."""
+        return t <= (1 - self.start) * self.last_timestep
+
+
+class UNetCall(Protocol):
+    """The UNet with its conditioning: (output,), or (output, deep map) as ``UNet2DConditionModel.forward`` has it.
+
+    The output is float32.
+    """
+
+    def __call__(
+        self, x: Tensor, t: float, *, deep_branch: int | None = None, deep_map: Tensor | None = None
+    ) -> tuple[Tensor, ...]: ...
+
+
+def plain(call: UNetCall) -> Predict:
+    """A denoiser all of whose calls are whole."""
+    return lambda x, t: call(x, t)[0]
+
+
+def deep_cached(call: UNetCall, cache: DeepCache) -> Predict:
+    """A denoiser that remembers its last deep map, for one run on the same rows. Its first call is whole."""
+    reused = 0
+    kept: Tensor | None = None
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        nonlocal reused, kept
+        if reused + 1 >= cache.interval or not cache.may_reuse(t):
+            kept = None  # before the new one is made: both together would need more memory
+        reused = 0 if kept is None else reused + 1
+        output, kept = call(x, t, deep_branch=cache.branch, deep_map=kept)
+        return output
+
+    return predict
