@@ -1,0 +1,68 @@
+"""The optimisations, each a pass of one file: delete a file and its line here, and Russet is slower and right."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from russet.passes import (
+    buffer_donation,
+    cuda_graphs,
+    fused_geglu,
+    malloc,
+    onednn,
+    packed_projections,
+    prompt_cache,
+    residual_fusion,
+    shared_prefix,
+    timestep_embeddings,
+    triton_ops,
+    upsample_fusion,
+    winograd,
+    workarounds,
+)
+from russet.passes.base import Changes, Pass
+
+PASSES: tuple[Pass, ...] = (
+    buffer_donation.PASS,
+    shared_prefix.PASS,
+    onednn.PASS,
+    winograd.PASS,
+    malloc.PASS,
+    triton_ops.PASS,
+    fused_geglu.PASS,
+    upsample_fusion.PASS,
+    packed_projections.PASS,
+    residual_fusion.PASS,
+    timestep_embeddings.PASS,
+    prompt_cache.PASS,
+    cuda_graphs.PASS,
+)
+"""In the order in which they are decided and applied: each may read what was decided before it."""
+
+
+def apply(network: nn.Module, name: str, plan: Any) -> Changes:
+    """Changes the network of a component as the plan says; ``undo()`` of what is returned restores it exactly."""
+    changes = Changes()
+    try:
+        workarounds.apply(network, plan, changes)
+        for one in PASSES:
+            if plan[one.name] != one.off:
+                one.apply(network, name, plan, changes)
+    except BaseException:
+        changes.undo()
+        raise
+    return changes
+
+
+@contextlib.contextmanager
+def computing(name: str, plan: Any) -> Iterator[None]:
+    """What the plan's passes want around the computation of a component."""
+    with contextlib.ExitStack() as stack:
+        for one in PASSES:
+            if one.computing is not None and plan[one.name] != one.off:
+                stack.enter_context(one.computing(name))
+        yield

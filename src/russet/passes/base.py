@@ -1,0 +1,129 @@
+"""What a pass is: one optimisation, which takes a plain network and returns the same network computing it faster.
+
+A pass swaps classes of modules, packs weights and precomputes; its undo restores what was there. It has four parts:
+when it pays (``decide``, a pure function with a reason), ``apply``, what it does to memory (``footprint``), and the
+plain value ``off``. A module that somebody has replaced, wrapped or hooked is left alone, which is looked at once, when
+passes are applied; gradients are computed by the plain ``forward``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from russet.backends.cpu.convolution import CpuConv2d
+from russet.backends.cpu.linear import OneDNNLinear, OneDNNTokenProjection
+from russet.backends.layers import (
+    ComposedGroupNorm,
+    FlatLinear,
+    FlatTokenProjection,
+    Float32LayerNorm,
+    PairedLinear,
+)
+from russet.backends.ops import hooked
+from russet.models.transformer import TokenProjection
+
+OWN = {
+    nn.GroupNorm,
+    ComposedGroupNorm,
+    nn.LayerNorm,
+    Float32LayerNorm,
+    nn.Linear,
+    FlatLinear,
+    OneDNNLinear,
+    PairedLinear,
+    nn.Conv2d,
+    CpuConv2d,
+    TokenProjection,
+    FlatTokenProjection,
+    OneDNNTokenProjection,
+    nn.Identity,
+}
+"""Classes of layers that are nothing but their weights."""
+
+
+class Changes:
+    """What passes have changed in a network, in order, so that it can be undone."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        before = module.__class__
+        module.__class__ = cls
+        self._undo.append(lambda: setattr(module, "__class__", before))
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sets a plain attribute, which is no parameter, buffer or submodule."""
+        attributes = vars(module)
+        if name in attributes:
+            before = attributes[name]
+            self._undo.append(lambda: attributes.__setitem__(name, before))
+        else:
+            self._undo.append(lambda: attributes.pop(name, None))
+        attributes[name] = value
+
+    def undo(self) -> None:
+        """Restores everything, the latest change first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def untouched(layer: nn.Module | None) -> bool:
+    """Whether a layer is nothing but its weights: of a known class, with no hooks; an absent layer is, too."""
+    return layer is None or (type(layer) in OWN and not hooked(layer))
+
+
+def all_untouched(layers: Iterable[nn.Module | None]) -> bool:
+    return all(untouched(layer) for layer in layers)
+
+
+def swap_layers(
+    network: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes
+) -> list[nn.Module]:
+    """Gives every untouched layer of one class the other class; returns those that changed."""
+    swapped = [m for m in network.modules() if type(m) in classes and not hooked(m)]
+    for module in swapped:
+        changes.set_class(module, classes[type(module)])
+    return swapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a pass does to the memory of a call.
+
+    kept: bytes that are made before the first step and kept to the last. walk: fields of ``Arithmetic`` that it sets.
+    """
+
+    kept: int = 0
+    walk: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One optimisation.
+
+    Attributes:
+        name: of its decision in the plan.
+        meaning: what the values of that decision mean.
+        off: the value for which nothing is done, as ``disable_fast_paths()`` asks for.
+        devices: where ``decide`` is asked; elsewhere it is off because of ``elsewhere``.
+        decide: from a situation to a value and the reason for it.
+        apply: changes a component's network, ``name`` in the pipeline, as the plan says.
+        footprint: what it does to memory, for a situation in which its value is decided.
+        computing: a context to compute in, by the component's name.
+    """
+
+    name: str
+    meaning: str
+    off: Any
+    devices: tuple[str, ...]
+    elsewhere: str
+    decide: Callable[[Any], tuple[Any, str]]
+    apply: Callable[[nn.Module, str, Any, Changes], None] = lambda network, name, plan, changes: None
+    footprint: Callable[[Any], Footprint] = lambda situation: Footprint()
+    computing: Callable[[str], contextlib.AbstractContextManager[None]] | None = None

@@ -1,0 +1,59 @@
+"""Gives a network's blocks the form that passes can steer, where nobody has changed them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from russet.backends.blocks.resnet import OptimizedDownsample, OptimizedResnet, OptimizedUpsample
+from russet.backends.blocks.transformer import (
+    OptimizedAttention,
+    OptimizedFeedForward,
+    OptimizedGEGLU,
+    OptimizedTransformer2D,
+    OptimizedTransformerBlock,
+)
+from russet.backends.blocks.unet import OptimizedUNet
+from russet.backends.blocks.vae import OptimizedDecoder, OptimizedEncoder, OptimizedVAEAttention
+from russet.backends.ops import hooked
+from russet.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from russet.models.transformer import GEGLU, Attention, BasicTransformerBlock, FeedForward, Transformer2DModel
+from russet.models.unet import UNet2DConditionModel
+from russet.models.vae_blocks import Decoder, Encoder, VAEAttention
+from russet.passes.base import OWN, Changes, untouched
+
+OPTIMIZED: dict[type[nn.Module], type[nn.Module]] = {
+    GEGLU: OptimizedGEGLU,
+    FeedForward: OptimizedFeedForward,
+    Attention: OptimizedAttention,
+    VAEAttention: OptimizedVAEAttention,
+    BasicTransformerBlock: OptimizedTransformerBlock,
+    Transformer2DModel: OptimizedTransformer2D,
+    ResnetBlock2D: OptimizedResnet,
+    Downsample2D: OptimizedDownsample,
+    Upsample2D: OptimizedUpsample,
+    Encoder: OptimizedEncoder,
+    Decoder: OptimizedDecoder,
+    UNet2DConditionModel: OptimizedUNet,
+}
+
+
+KNOWN = {*OWN, *OPTIMIZED, *OPTIMIZED.values(), nn.ModuleList, nn.Sequential}
+"""Classes of modules that are as Russet made them."""
+
+
+def optimize_blocks(network: nn.Module, changes: Changes) -> None:
+    """Gives every block that is as Russet made it its optimized class; does nothing the second time."""
+    for module in [m for m in network.modules() if type(m) in OPTIMIZED]:
+        if is_ours(module):
+            changes.set_class(module, OPTIMIZED[type(module)])
+
+
+def is_ours(block: nn.Module) -> bool:
+    """Whether nobody watches a block, nor has put anything else in place of what it computes with."""
+    if isinstance(block, (UNet2DConditionModel, Encoder)):  # they call what they hold, whatever it is
+        return True
+    if isinstance(block, Transformer2DModel):
+        return not hooked(block) and all(untouched(layer) for layer in (block.norm, block.proj_in, block.proj_out))
+    if isinstance(block, Decoder):  # a layer's output is overwritten by the next one
+        return not any(hooked(module) for module in block.modules())
+    return all(type(module) in KNOWN and not hooked(module) for module in block.modules())

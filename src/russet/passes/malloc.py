@@ -1,0 +1,43 @@
+"""malloc tuning: freed memory is kept for the next operation while the UNet works, and given back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from russet.backends.cpu import malloc
+from russet.passes.base import Pass
+
+LARGE = 32 * 2**20
+"""Bytes of a map from which glibc, by its own rules, gives every freed one back to the system."""
+
+
+def decide(situation: Any) -> tuple[bool, str]:
+    workload, decided = situation.workload, situation.decided
+    if not situation.facts.glibc:
+        return False, "only glibc, by its own rules, is known to gain from it"
+    height, width = workload.latents
+    rows = workload.rows * min(decided["micro_batch"], workload.images)
+    widest = (
+        3 * rows * height * width * workload.unet.channels[0] * decided.width("unet")
+    )  # the joined map and its norm
+    if widest < LARGE:
+        return False, "the maps are small enough for glibc to keep them by itself"
+    return True, "glibc would give each map back, and the system clear the next one's pages, at every operation"
+
+
+def computing(component: str) -> contextlib.AbstractContextManager[None]:
+    rules = {"unet": malloc.kept, "vae": malloc.returned}
+    return rules.get(component, contextlib.nullcontext)()
+
+
+PASS = Pass(
+    name="malloc_tuning",
+    meaning="True: freed memory is kept for the next operation while the UNet works, and returned afterwards; the"
+    " VAE's, whose maps are larger, at once",
+    off=False,
+    devices=("cpu",),
+    elsewhere="the device's memory has an allocator of its own",
+    decide=decide,
+    computing=computing,
+)

@@ -1,0 +1,39 @@
+"""Shared prefix: guidance asks about the same latents with two texts, so what comes before the first text is one row.
+
+The UNet's first convolution, its first residual block and its first self-attention do not see the text. Computed once,
+they serve both halves of classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from russet.passes.base import Changes, Pass
+from russet.passes.blocks import optimize_blocks
+
+
+def decide(situation: Any) -> tuple[bool, str]:
+    if situation.workload.rows < 2:
+        return False, "there is one text for each picture"
+    if situation.workload.unet.added:
+        return False, "this UNet tells rows apart from the start, by more than the text"
+    return True, "what comes before the first layer that attends to the text is the same for both halves of guidance"
+
+
+def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+    if name == "unet":
+        optimize_blocks(network, changes)
+
+
+PASS = Pass(
+    name="shared_prefix",
+    meaning="True: what the UNet computes before the first layer that attends to the text is computed once for both"
+    " halves of guidance",
+    off=False,
+    devices=("cpu", "mps", "cuda"),
+    elsewhere="",
+    decide=decide,
+    apply=apply,
+)
