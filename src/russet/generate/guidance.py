@@ -99,17 +99,17 @@ def predictor(
 
     Where guidance pauses a call has one row for each image and not two, and so may take twice as many images.
     """
-    graphs = graphs if plan["graphs"] else None
+    graphs = graphs if plan["cuda_graphs"] else None
     width = unet.config.time_cond_proj_dim
     told = None if width is None else guidance_embedding(guidance.scale, width)
-    times = Times(unet, timesteps, told) if plan["times"] == "ahead" else None
+    times = Times(unet, timesteps, told) if plan["timestep_embeddings"] == "precomputed" else None
 
     def of(told: Conditioning, at_once: int) -> Predict:
         starts = range(0, len(told.positive), at_once)
         return micro_batched([part(told.rows(start, start + at_once)) for start in starts], at_once)
 
     def part(rows: Conditioning) -> Predict:
-        call = unet_call(unet, rows.joined, told, text_keys=plan["text_keys"], graphs=graphs, times=times)
+        call = unet_call(unet, rows.joined, told, prompt_cache=plan["prompt_cache"], graphs=graphs, times=times)
         bare = plain(call) if cache is None else deep_cached(call, cache)
         if rows.negative is not None:
             return guided(bare, guidance)
@@ -129,7 +129,7 @@ def unet_call(
     context: Tensor,
     told: Tensor | None = None,
     *,
-    text_keys: str = "each call",
+    prompt_cache: str = "off",
     graphs: Graphs | None = None,
     times: Callable[[float], Time | None] | None = None,
 ) -> UNetCall:
@@ -137,7 +137,7 @@ def unet_call(
 
     told: the vector [1, D] that a distilled UNet is told with the time.
 
-    ``text_keys``: what is kept from the first call on of what every layer makes of the text, in the plan's words.
+    ``prompt_cache``: what is kept of the prompt from the first call on, one of the values of the plan's decision.
     ``graphs``: calls are recorded there, and replayed. ``times``: what is known of times that were told beforehand.
     """
     context = context.to(unet.dtype)
@@ -145,11 +145,13 @@ def unet_call(
 
     @functools.cache  # at the first call, when the UNet is where it works
     def prepared() -> tuple[Text, Hashable | None]:
-        absorbed = text_keys == "absorbed" and context.shape[1] <= TEXT  # of more words the plan does not know
-        if text_keys == "each call":
+        absorbed = (
+            prompt_cache == "folded into weights" and context.shape[1] <= TEXT
+        )  # of more words the plan does not know
+        if prompt_cache == "off":
             text = Text(context)
         else:
-            text = unet.read(context, absorbed=absorbed, together=text_keys == "kept together")
+            text = unet.read(context, absorbed=absorbed, together=prompt_cache == "packed keys and values")
         return text, None if graphs is None else identity(unet)
 
     def call(

@@ -27,7 +27,11 @@ from russet.residency import placement
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 5  # steps
-UNREAD = {"at once": 0, "one later": 1, "at the end": sys.maxsize}  # looks, by what the plan says of them
+UNREAD = {
+    "immediate": 0,
+    "deferred": 1,
+    "at the end": sys.maxsize,
+}  # checks that may be unread, by the plan's finite_checks
 
 
 @dataclass(frozen=True)

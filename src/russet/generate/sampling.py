@@ -92,9 +92,9 @@ class Sampling:
     def _advance(self, run: Run, good: overflow.Good, noise: NoiseSource, bar: Any) -> tuple[overflow.Good, bool]:
         """Goes on until the end or a value that is not finite; returns the last good place and whether all is well."""
         schedule = self.schedule
-        done, looks = len(schedule.timesteps) - len(run.schedule.timesteps), self.plan["looks"]
+        done, checks = len(schedule.timesteps) - len(run.schedule.timesteps), self.plan["finite_checks"]
         trusted = self.pipe.finite_in == self.pipe.unet.dtype and not self.notes
-        watch, pace = overflow.Watch(good, looks, trusted), Pace(looks == "at the end")
+        watch, pace = overflow.Watch(good, checks, trusted), Pace(checks == "at the end")
         for step in engine.denoise(run, lambda x, t: self.predict(x, t)):
             pace.step()
             index = done + step.index
