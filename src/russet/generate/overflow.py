@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from russet.generate import engine
-from russet.generate.guidance import Conditioning, Guidance
+from russet.generate.conditioning import Conditioning
+from russet.generate.guidance import Guidance
 from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model
 from russet.planning.plan import Plan

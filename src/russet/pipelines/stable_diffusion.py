@@ -14,7 +14,7 @@ from russet import validation
 from russet.errors import ConfigError, InputError
 from russet.generate import engine, overflow, safety
 from russet.generate import prompt as prompts
-from russet.generate.guidance import Conditioning
+from russet.generate.conditioning import Conditioning
 from russet.generate.phase_times import Clock
 from russet.generate.previews import Previews
 from russet.generate.sampling import Sampling
@@ -223,8 +223,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
         elif not self.guided(request):
             negative = None
         assert positive is not None
-        halves = Conditioning(positive.to(self.device), None if negative is None else negative.to(self.device))
-        return halves.repeated(request.images_per_prompt)
+        halves = Conditioning(
+            {"encoder_hidden_states": positive},
+            None if negative is None else {"encoder_hidden_states": negative},
+        )
+        return halves.to(self.device).repeated(request.images_per_prompt)
 
     def encode_texts(self, texts: Sequence[str], plan: Plan, clip_skip: int = 0) -> tuple[Tensor, ...]:
         """[N, D] for each text; each different one is encoded once, all of them together."""
