@@ -128,7 +128,7 @@ def drawn(pipe: Watched, width: int, height: int, images: int) -> Plan:
     pipe.graphs.clear()
     torch.cuda.empty_cache()
     pipe.reserved = 0
-    recorded = pipe.plan(height=height, width=width, num_images=images)["graphs"]
+    recorded = pipe.plan(height=height, width=width, num_images=images)["cuda_graphs"]
     output = pipe(
         "a photo of an astronaut riding a horse on mars",
         height=height,
@@ -151,13 +151,13 @@ def compared(dtype: str, size: str, plan: Plan, pipe: Watched) -> dict[str, Any]
     return {
         "dtype": dtype,
         "size": size,
-        "images": plan.sizes.images,
+        "images": plan.workload.images,
         "micro_batch": plan.micro_batch,
         "vae": f"{plan.vae_batch} × {plan.vae_tile or 'whole'}",
         "offload": plan.offload,
         "predicted": {**predicted, "peak": plan.peak},
         "activations": activations,
-        "graphs": plan["graphs"],
+        "graphs": plan["cuda_graphs"],
         "measured": {**pipe.peaks, "peak": max(pipe.peaks.values())},
         "reserved": pipe.reserved,
     }

@@ -14,7 +14,8 @@ import torch
 import russet
 from russet.backends.cuda.graphs import Graphs
 from russet.errors import ArgumentTypeError, InputError
-from russet.generate.guidance import guidance_embedding, unet_call
+from russet.generate.denoiser import UNetCall
+from russet.generate.guidance import guidance_embedding
 
 FAST = {"num_inference_steps": 4, "output_type": "latent", "seed": 1}
 INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
@@ -302,21 +303,23 @@ class Replayed(Graphs):
         return call(*[x.clone() for x in inputs])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("text_keys", ["kept", "kept together", "each call"])
+@pytest.mark.parametrize("prompt_cache", ["keys and values", "packed keys and values", "off"])
 @pytest.mark.parametrize("width", [None, 24])
-def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, text_keys: str, tiny: Any) -> None:
+def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, prompt_cache: str, tiny: Any) -> None:
     unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=width).requires_grad_(False)
     unet.lay_together()
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
-    told = None if width is None else guidance_embedding(7.5, width)
+    rows = {"encoder_hidden_states": context}
+    if width is not None:
+        rows["timestep_cond"] = guidance_embedding(7.5, width).expand(2, -1)
     graphs = Replayed()
-    plain, recorded = (unet_call(unet, context, told, text_keys=text_keys, graphs=one) for one in (None, graphs))
-    assert torch.equal(plain(x, 600.0)[0], recorded(x, 600.0)[0])
+    plain, recorded = (UNetCall(unet, rows, prompt_cache=prompt_cache, graphs=one) for one in (None, graphs))
+    assert torch.equal(plain(x, 600.0), recorded(x, 600.0))
     for branch in range(unet.deep_branches):
-        output, kept = plain(x, 600.0, deep_branch=branch)
-        assert all(map(torch.equal, recorded(x, 600.0, deep_branch=branch), (output, kept)))
-        moved = plain(x + 1, 500.0, deep_branch=branch, deep_map=kept)
-        assert all(map(torch.equal, recorded(x + 1, 500.0, deep_branch=branch, deep_map=kept), moved))
+        output, kept = plain.with_deep_map(x, 600.0, branch)
+        assert all(map(torch.equal, recorded.with_deep_map(x, 600.0, branch), (output, kept)))
+        moved = plain.with_deep_map(x + 1, 500.0, branch, kept)
+        assert all(map(torch.equal, recorded.with_deep_map(x + 1, 500.0, branch, kept), moved))
     assert len(set(graphs.names)) == 1 + 2 * unet.deep_branches, "each kind of call is a recording of its own"
 
 

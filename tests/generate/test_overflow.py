@@ -12,7 +12,8 @@ import torch
 
 import russet
 from russet.generate import overflow
-from russet.generate.guidance import Conditioning, Guidance
+from russet.generate.conditioning import Conditioning
+from russet.generate.guidance import Guidance
 
 pytestmark = pytest.mark.cpu_half
 
@@ -107,14 +108,14 @@ def test_steps_made_again_are_guided_as_they_were(half: Any, psnr: Any) -> None:
 @pytest.mark.parametrize(
     ("reads", "told"),
     [
-        ("at once", [(True, 5), (True, 10), (False, 10)]),
-        ("one later", [(True, 0), (True, 5), (True, 10), (False, 10)]),
+        ("immediate", [(True, 5), (True, 10), (False, 10)]),
+        ("deferred", [(True, 0), (True, 5), (True, 10), (False, 10)]),
         ("at the end", [(True, 0), (True, 0), (True, 0), (True, 0), (False, 10)]),
     ],
 )
 def test_a_look_is_told_when_it_is_due_and_the_last_good_place_is_known(reads: str, told: list[Any]) -> None:
     good, bad = torch.ones(2), torch.tensor([1.0, float("inf")])
-    told_then = Conditioning(good), Guidance()
+    told_then = Conditioning({"encoder_hidden_states": good}), Guidance()
     places = [overflow.Good(step, good if step <= 10 else bad, [], *told_then) for step in (0, 5, 10, 15, 20)]
     watch, found = overflow.Watch(places[0], reads, trusted=True), []
     for place in places[1:]:

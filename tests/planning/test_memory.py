@@ -113,11 +113,11 @@ def test_what_is_made_before_the_first_step_takes_what_is_predicted(name):
         live = counted.live
         text = unet.read(torch.randn(2, 77, 32), absorbed=True)
         absorbed = counted.live - live
-        times = unet.tell([500.0] * prepared.TOLD)
+        times = unet.tell([500.0] * prepared.PRECOMPUTED)
         told = counted.live - live - absorbed
-    assert live == pytest.approx(prepared.copied_bytes(sizes, found, 2, choice), rel=WITHIN)
-    assert absorbed == pytest.approx(prepared.absorbed_bytes(sizes, found), rel=WITHIN)
-    assert told == pytest.approx(prepared.told_bytes(sizes, found), rel=WITHIN)
+    assert live == pytest.approx(prepared.weight_copy_bytes(sizes, found, 2, choice), rel=WITHIN)
+    assert absorbed == pytest.approx(prepared.folded_bytes(sizes, found), rel=WITHIN)
+    assert told == pytest.approx(prepared.timestep_embedding_bytes(sizes, found), rel=WITHIN)
     del text, times
 
 

@@ -219,7 +219,7 @@ def test_a_single_file_waits_too_and_is_saved_whole(folder: Path, tmp_path: Path
     pipe.save_single_file(tmp_path / "one.safetensors")  # over the file that it came from
     again = russet.StableDiffusionPipeline.from_single_file(tmp_path / "one.safetensors", **options)
     assert same_weights(again.unet, tiny.unet)
-    assert pipe._request().rereadable
+    assert pipe._request().reloadable
 
 
 def test_where_files_cannot_be_held_open_everything_is_read_at_once(

@@ -15,11 +15,12 @@ import torch
 
 import russet
 from russet.errors import DoesNotFit
-from russet.hardware.facts import mac, read_facts
+from russet.hardware.facts import read_facts
 from russet.models import attention
 from russet.models.transformer import TransformerBlock
-from russet.planning import reference_models, strategies
-from russet.planning.plan import Plan, Request, plan
+from russet.planning import strategies
+from russet.planning.device_defaults import allocator_environment
+from russet.planning.plan import Plan
 from russet.residency import placement
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
@@ -46,9 +47,7 @@ def weights_of(pipe: Any) -> dict[str, torch.device]:
 def test_dropped_weights_are_read_again_for_each_call(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = own("a horse", **FAST).images
     decide = own.plan
-    monkeypatch.setattr(
-        own, "plan", lambda **sizes: replanned(decide(**sizes), offload="model", idle_weights="dropped")
-    )
+    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), offload="model", offload_target="disk"))
     own._place()
     assert set(weights_of(own).values()) == {torch.device("meta")}
     for _ in range(2):
@@ -60,7 +59,7 @@ def test_a_freed_text_encoder_leaves_the_others_in_place(own: Any, monkeypatch: 
     before = own("a horse", **FAST).images
     decide = own.plan
     monkeypatch.setattr(
-        own, "plan", lambda **sizes: replanned(decide(**sizes), text_encoder="freed", idle_weights="dropped")
+        own, "plan", lambda **sizes: replanned(decide(**sizes), text_encoder="unloaded", offload_target="disk")
     )
     assert np.array_equal(before, own("a horse", **FAST).images)
     assert weights_of(own) == {
@@ -79,18 +78,18 @@ def test_a_large_text_encoder_that_nobody_looks_at_is_read_for_each_prompt(
 ) -> None:
     before = own("a horse", **FAST).images
     assert at(own.known("text_encoder")) == "cpu", "a small one is not worth it"
-    monkeypatch.setattr(strategies, "LARGE_TEXT", 0)
+    monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
     for _ in range(2):
         output = own("a horse", **FAST)
         assert np.array_equal(before, output.images)
-        assert output.plan.text_encoder == "freed"
-        assert "nobody has looked" in output.plan.why("text_encoder").reason
+        assert output.plan.text_encoder == "unloaded"
+        assert "removed from memory after the prompt is encoded" in output.plan.why("text_encoder").reason
         assert at(own.known("text_encoder")) == "meta"
     assert at(own.known("unet")) == "cpu"
 
 
 def test_a_text_encoder_that_somebody_has_looked_at_stays(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "LARGE_TEXT", 0)
+    monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
     before = own("a horse", **FAST).images
     encoder = own.text_encoder
     assert at(encoder) == "cpu"
@@ -104,11 +103,11 @@ def test_a_text_encoder_that_somebody_has_looked_at_stays(own: Any, monkeypatch:
 def test_saving_a_pipeline_is_no_look_at_its_text_encoder(
     own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategies, "LARGE_TEXT", 0)
+    monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
     own("a horse", **FAST)
     own.save_pretrained(tmp_path / "saved")
     assert at(own.known("text_encoder")) == "meta"
-    assert own("a horse", **FAST).plan.text_encoder == "freed"
+    assert own("a horse", **FAST).plan.text_encoder == "unloaded"
     again = russet.DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     (saved, *_), (mine, *_) = again.text_encoder.parameters(), own.text_encoder.parameters()
     assert torch.equal(saved, mine)
@@ -117,8 +116,8 @@ def test_saving_a_pipeline_is_no_look_at_its_text_encoder(
 def test_a_frugal_call_and_a_roomy_one_may_follow_each_other(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = own("a horse", **FAST).images
     decide = own.plan
-    frugal = {"offload": "model", "idle_weights": "dropped"}
-    for changes in ({"text_encoder": "freed", "idle_weights": "dropped"}, frugal, {}, frugal, {}):
+    frugal = {"offload": "model", "offload_target": "disk"}
+    for changes in ({"text_encoder": "unloaded", "offload_target": "disk"}, frugal, {}, frugal, {}):
         monkeypatch.setattr(own, "plan", lambda changes=changes, **sizes: replanned(decide(**sizes), **changes))
         away = {name for name in ("unet", "vae") if "offload" in changes}
         seen = []
@@ -141,10 +140,10 @@ def test_a_pipeline_whose_weights_were_dropped_saves_whole(own: Any, tmp_path: P
 
 
 def test_only_networks_that_the_pipeline_read_itself_may_be_dropped(own: Any, tiny: Any) -> None:
-    assert own._request().rereadable
+    assert own._request().reloadable
     own.vae = tiny.vae
-    assert not own._request().rereadable
-    assert not tiny._request().rereadable
+    assert not own._request().reloadable
+    assert not tiny._request().reloadable
 
 
 def test_streamed_layers_are_on_the_device_one_at_a_time(own: Any) -> None:
@@ -212,23 +211,23 @@ def test_a_picture_does_not_depend_on_where_weights_lie_in_their_file(
 
 
 def test_the_allocators_variables_are_set_unless_the_user_has_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    decided = plan(mac("M1", memory_gib=8), reference_models.sd15(), Request())
-    for name in decided.environment:
+    variables = allocator_environment("mps")
+    for name in variables:
         monkeypatch.delenv(name, raising=False)
-    high = next(iter(decided.environment))
+    high = next(iter(variables))
     monkeypatch.setenv(high, "0.7")
     placement.set_environment(torch.device("mps"))
-    assert [os.environ.get(name) for name in decided.environment] == ["0.7", None]  # 0.8 for the low one would not do
+    assert [os.environ.get(name) for name in variables] == ["0.7", None]  # 0.8 for the low one would not do
     monkeypatch.delenv(high)
     placement.set_environment(torch.device("mps"))
-    assert {name: os.environ[name] for name in decided.environment} == decided.environment
-    for name in decided.environment:
+    assert {name: os.environ[name] for name in variables} == variables
+    for name in variables:
         del os.environ[name]  # not by monkeypatch, which would put it back
 
 
 def test_a_size_that_the_device_dislikes_is_drawn_with_a_note(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     decide = own.plan
-    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), bucket=64))
+    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), size_multiple=64))
     assert own("a horse", **FAST).notes == ()
     assert "72×64 is no multiple of 64" in own("a horse", width=72, **FAST).notes[0]
 
@@ -238,7 +237,7 @@ def test_a_first_pass_that_is_unlike_the_others_is_made_once_and_discarded(
 ) -> None:
     before = own("a horse", **FAST).images
     decide = own.plan
-    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), priming=True))
+    monkeypatch.setattr(own, "plan", lambda **sizes: replanned(decide(**sizes), warm_up=True))
     calls: list[int] = []
     hook = own.unet.register_forward_pre_hook(lambda unet, args: calls.append(len(args[0])))
     pictures = [own("a horse", **FAST).images for _ in range(2)]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from russet.diagnostics.self_test_cases import CASES, NETWORKS, SIZES, Case, NetworkCase, inputs
+from russet.diagnostics.self_test_cases import CASES, NETWORKS, WORKLOAD, Case, NetworkCase, inputs
 from russet.diagnostics.self_test_probes import PROBES, Probe
 from russet.hardware.facts import Facts, read_facts
 from russet.hardware.known_bugs import affected
@@ -109,7 +109,7 @@ def check_network(case: NetworkCase, device: torch.device, dtype: str, facts: Fa
     number = getattr(torch, dtype)
     given = inputs(case.shapes)
     expected = case.run(case.network().to(number).float(), *(x.to(number).float() for x in given))
-    made = plan(facts, SIZES, Request(dtype=dtype))
+    made = plan(facts, WORKLOAD, Request(dtype=dtype))
 
     def there() -> Tensor:
         network = case.network()

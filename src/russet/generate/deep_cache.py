@@ -34,23 +34,15 @@ class DeepCache:
         return t <= (1 - self.start) * self.last_timestep
 
 
-class UNetCall(Protocol):
-    """The UNet with its conditioning: (output,), or (output, deep map) as ``UNet2DConditionModel.forward`` has it.
-
-    The output is float32.
-    """
+class DeepCall(Protocol):
+    """The UNet with its conditioning: (output, deep map) as ``UNet2DConditionModel.forward`` has it, output float32."""
 
     def __call__(
-        self, x: Tensor, t: float, *, deep_branch: int | None = None, deep_map: Tensor | None = None
+        self, x: Tensor, t: float, deep_branch: int | None = None, deep_map: Tensor | None = None
     ) -> tuple[Tensor, ...]: ...
 
 
-def plain(call: UNetCall) -> Predict:
-    """A denoiser all of whose calls are whole."""
-    return lambda x, t: call(x, t)[0]
-
-
-def deep_cached(call: UNetCall, cache: DeepCache) -> Predict:
+def deep_cached(call: DeepCall, cache: DeepCache) -> Predict:
     """A denoiser that remembers its last deep map, for one run on the same rows. Its first call is whole."""
     reused = 0
     kept: Tensor | None = None
@@ -60,7 +52,7 @@ def deep_cached(call: UNetCall, cache: DeepCache) -> Predict:
         if reused + 1 >= cache.interval or not cache.may_reuse(t):
             kept = None  # before the new one is made: both together would need more memory
         reused = 0 if kept is None else reused + 1
-        output, kept = call(x, t, deep_branch=cache.branch, deep_map=kept)
+        output, kept = call(x, t, cache.branch, kept)
         return output
 
     return predict

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from russet.generate import engine
-from russet.generate.guidance import Conditioning, Guidance
+from russet.generate.conditioning import Conditioning
+from russet.generate.guidance import Guidance
 from russet.models.autoencoder import Autoencoder
 from russet.models.base import Model
 from russet.planning.plan import Plan
@@ -27,7 +28,11 @@ from russet.residency import placement
 log = logging.getLogger(__name__)
 
 LOOK_EVERY = 5  # steps
-UNREAD = {"at once": 0, "one later": 1, "at the end": sys.maxsize}  # looks, by what the plan says of them
+UNREAD = {
+    "immediate": 0,
+    "deferred": 1,
+    "at the end": sys.maxsize,
+}  # checks that may be unread, by the plan's finite_checks
 
 
 @dataclass(frozen=True)

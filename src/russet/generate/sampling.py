@@ -12,7 +12,8 @@ from russet import validation
 from russet.backends.mps.frames_in_flight import Pace
 from russet.errors import ArgumentTypeError, InputError
 from russet.generate import engine, overflow
-from russet.generate.guidance import Conditioning, predictor
+from russet.generate.conditioning import Conditioning
+from russet.generate.denoiser import build_denoiser
 from russet.generate.spec import CALLBACK_TENSORS, TextToImage
 from russet.planning.plan import Plan
 from russet.rng import NoiseSource
@@ -56,7 +57,7 @@ class Sampling:
 
         It may remember its calls, so each passage has one of its own.
         """
-        self.predict = predictor(
+        self.predict = build_denoiser(
             self.pipe.unet,
             self.conditioning,
             self.guidance,
@@ -92,9 +93,9 @@ class Sampling:
     def _advance(self, run: Run, good: overflow.Good, noise: NoiseSource, bar: Any) -> tuple[overflow.Good, bool]:
         """Goes on until the end or a value that is not finite; returns the last good place and whether all is well."""
         schedule = self.schedule
-        done, looks = len(schedule.timesteps) - len(run.schedule.timesteps), self.plan["looks"]
+        done, checks = len(schedule.timesteps) - len(run.schedule.timesteps), self.plan["finite_checks"]
         trusted = self.pipe.finite_in == self.pipe.unet.dtype and not self.notes
-        watch, pace = overflow.Watch(good, looks, trusted), Pace(looks == "at the end")
+        watch, pace = overflow.Watch(good, checks, trusted), Pace(checks == "at the end")
         for step in engine.denoise(run, lambda x, t: self.predict(x, t)):
             pace.step()
             index = done + step.index
@@ -125,8 +126,8 @@ class Sampling:
         assert self.request.callback is not None
         tensors = {
             "latents": step.latents,
-            "prompt_embeds": self.conditioning.joined,
-            "negative_prompt_embeds": self.conditioning.negative,
+            "prompt_embeds": self.conditioning.joined["encoder_hidden_states"],
+            "negative_prompt_embeds": (self.conditioning.negative or {}).get("encoder_hidden_states"),
             "pred_original_sample": step.x0,
         }
         shown = {name: tensors[name] for name in self.request.callback_tensors}
@@ -164,7 +165,10 @@ def read_answer(given: Any, shown: dict[str, Tensor | None]) -> dict[str, Tensor
 
 def reconditioned(before: Conditioning, changed: dict[str, Tensor]) -> Conditioning:
     """The conditioning after a callback. ``prompt_embeds`` has both halves, negative first, or only the positive."""
-    positive, negative = before.positive, before.negative
+    positive, negative = (
+        None if half is None else half["encoder_hidden_states"] for half in (before.positive, before.negative)
+    )
+    assert positive is not None
     if (joined := changed.get("prompt_embeds")) is not None:
         images, *rest = positive.shape
         rows = 2 * images if isinstance(joined, Tensor) and len(joined) == 2 * images else images
@@ -173,4 +177,4 @@ def reconditioned(before: Conditioning, changed: dict[str, Tensor]) -> Condition
     if (alone := changed.get("negative_prompt_embeds")) is not None:
         validation.tensor("negative_prompt_embeds from callback_on_step_end", alone, tuple(positive.shape))
         negative = alone.to(positive)
-    return Conditioning(positive, negative)
+    return before.with_halves("encoder_hidden_states", positive, negative)

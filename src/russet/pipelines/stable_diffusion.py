@@ -14,7 +14,7 @@ from russet import validation
 from russet.errors import ConfigError, InputError
 from russet.generate import engine, overflow, safety
 from russet.generate import prompt as prompts
-from russet.generate.guidance import Conditioning
+from russet.generate.conditioning import Conditioning
 from russet.generate.phase_times import Clock
 from russet.generate.previews import Previews
 from russet.generate.sampling import Sampling
@@ -30,7 +30,7 @@ from russet.models.vae import AutoencoderKL
 from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.output import StableDiffusionPipelineOutput
 from russet.planning.plan import Plan
-from russet.planning.workload import Sizes
+from russet.planning.workload import Workload
 from russet.residency import placement
 from russet.rng import NoiseSource
 from russet.schedulers.schedule import Schedule
@@ -78,7 +78,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         super().__init__(**components)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
-        self._primed: torch.device | None = None
+        self._warmed_up: torch.device | None = None
         self.finite_in: torch.dtype | None = None  # what the UNet drew the last picture in, if no value overflowed
         self._previews = Previews()
         self.interrupt = False
@@ -194,7 +194,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         notes = size_notes(request, plan)
         clock = Clock()
         with clock.phase("text"):
-            if self.unprimed(plan):
+            if self.needs_warm_up(plan):
                 self.encode(request, plan)  # for nothing, see prime
             conditioning = self.encode(request, plan)
         with clock.phase("denoise"):
@@ -223,8 +223,11 @@ class StableDiffusionPipeline(DiffusionPipeline):
         elif not self.guided(request):
             negative = None
         assert positive is not None
-        halves = Conditioning(positive.to(self.device), None if negative is None else negative.to(self.device))
-        return halves.repeated(request.images_per_prompt)
+        halves = Conditioning(
+            {"encoder_hidden_states": positive},
+            None if negative is None else {"encoder_hidden_states": negative},
+        )
+        return halves.to(self.device).repeated(request.images_per_prompt)
 
     def encode_texts(self, texts: Sequence[str], plan: Plan, clip_skip: int = 0) -> tuple[Tensor, ...]:
         """[N, D] for each text; each different one is encoded once, all of them together."""
@@ -234,7 +237,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         encoder = self.known("text_encoder")
         assert encoder is not None
         different = list(dict.fromkeys(texts))
-        graphs = self.graphs if plan["graphs"] and plan.text_encoder == "device" else None
+        graphs = self.graphs if plan["cuda_graphs"] and plan.text_encoder == "device" else None
         with self.at_work("text_encoder", plan):
             encoded = prompts.encode(self.tokenizer, encoder, different, clip_skip, graphs)
         return tuple(encoded[different.index(text)] for text in texts)
@@ -255,24 +258,24 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self._guidance_scale = request.guidance.scale
         self._num_timesteps = len(schedule.timesteps)
         sampling = Sampling(self, request, schedule, conditioning, plan)
-        if self.unprimed(plan):
-            self.prime(sampling, schedule, start, plan)
+        if self.needs_warm_up(plan):
+            self.warm_up(sampling, schedule, start, plan)
         with self.at_work("unet", plan):
             latents = sampling.from_noise(noise, start)
         return latents, tuple(sampling.notes)
 
-    def unprimed(self, plan: Plan) -> bool:
+    def needs_warm_up(self, plan: Plan) -> bool:
         """Whether the networks' first pass on this device is still to come, and would differ from all later ones."""
-        return plan.priming and self._primed != self.device
+        return plan.warm_up and self._warmed_up != self.device
 
-    def prime(self, sampling: Sampling, schedule: Schedule, start: Tensor, plan: Plan) -> None:
+    def warm_up(self, sampling: Sampling, schedule: Schedule, start: Tensor, plan: Plan) -> None:
         """Calls UNet and VAE once for nothing: on some torch versions the first pass is unlike all later ones."""
         with self.at_work("unet", plan):
             sampling.predict(start, schedule.timesteps[0])
         sampling.aim()  # nothing of that pass is kept
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
             engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
-        self._primed = self.device
+        self._warmed_up = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
@@ -331,9 +334,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
             told_scale=unet.time_cond_proj_dim is not None,
         )
 
-    def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
+    def workload(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Workload:
         geometry, text, checker = self.geometry, self.known("text_encoder"), self.known("safety_checker")
-        return Sizes.of(
+        return Workload.of(
             unet=self.known("unet").config,
             vae=self.known("vae").config,
             text_encoder=None if text is None else text.config,
@@ -376,10 +379,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
 def size_notes(request: TextToImage, plan: Plan) -> tuple[str, ...]:
     """A note where a picture's size is one that the device is better not given many of."""
-    bucket = plan["bucket"]
-    if request.height % bucket == 0 and request.width % bucket == 0:
+    multiple = plan["size_multiple"]
+    if request.height % multiple == 0 and request.width % multiple == 0:
         return ()
     return (
-        f"{request.width}×{request.height} is no multiple of {bucket} pixels: {plan.why('bucket').reason}, so prefer "
-        f"sizes in multiples of {bucket} for many pictures",
+        f"{request.width}×{request.height} is no multiple of {multiple} pixels: {plan.why('size_multiple').reason}, so "
+        f"prefer sizes in multiples of {multiple} for many pictures",
     )

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from russet.planning.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.planning.calls import tile_latents, unet_rows
-from russet.planning.decisions import Decisions
 from russet.planning.parameters import counts, largest_layers
-from russet.planning.plan_types import TEXT, AttentionChoice
-from russet.planning.prepared import made_before, text_key_bytes
-from russet.planning.workload import Sizes, TransformerSizes, UNetSizes, VAESizes
+from russet.planning.plan_types import TEXT, AttentionChoice, Decisions
+from russet.planning.prepared import precomputed_bytes, prompt_kv_bytes
+from russet.planning.workload import TransformerSizes, UNetSizes, VAESizes, Workload
 
-__all__ = ["Estimate", "Sizes", "TransformerSizes", "UNetSizes", "VAESizes", "predict", "resident"]
+__all__ = ["Estimate", "TransformerSizes", "UNetSizes", "VAESizes", "Workload", "predict", "resident"]
 
 CUDA_LIBRARIES = 2**26  # bytes that cuBLAS keeps to work in, measured on an H200 by benchmarks/memory.py
 OWNER = {"text": "text_encoder", "encode": "vae", "denoise": "unet", "decode": "vae", "check": "safety_checker"}
@@ -47,31 +46,31 @@ class Estimate:
         return {phase.name: phase for phase in self.phases}[name]
 
 
-def predict(sizes: Sizes, found: Decisions) -> Estimate:
+def predict(workload: Workload, found: Decisions) -> Estimate:
     """The estimate for one way of doing the work."""
-    needs = phase_activations(sizes, found)
-    weights = resident(sizes, found, tuple(needs))
-    kept = latent_bytes(sizes) + (CUDA_LIBRARIES if on_cuda(found) else 0)
-    pictures = sizes.images * 3 * sizes.width * sizes.height * 4
-    beside = {"encode": 2 * pictures, "decode": pictures + recorded(sizes, found), "check": 2 * pictures}
-    beside["denoise"] = recorded(sizes, found) + made_before(sizes, found, unet_rows(sizes, found))
+    needs = phase_activations(workload, found)
+    weights = resident(workload, found, tuple(needs))
+    kept = latent_bytes(workload) + (CUDA_LIBRARIES if on_cuda(found) else 0)
+    pictures = workload.images * 3 * workload.width * workload.height * 4
+    beside = {"encode": 2 * pictures, "decode": pictures + recorded(workload, found), "check": 2 * pictures}
+    beside["denoise"] = recorded(workload, found) + precomputed_bytes(workload, found, unet_rows(workload, found))
     needs["decode"] = max(needs["decode"], pictures)  # those of all parts are joined when the last part is done
     return Estimate(
         tuple(Phase(name, weights[name], needed, kept + beside.get(name, 0)) for name, needed in needs.items())
     )
 
 
-def recorded(sizes: Sizes, found: Decisions) -> int:
+def recorded(workload: Workload, found: Decisions) -> int:
     """What recorded calls hold for good: their own copy of the text's keys and values."""
-    return text_key_bytes(sizes, found) if found["graphs"] and found["text_keys"] != "each call" else 0
+    return prompt_kv_bytes(workload, found) if found["cuda_graphs"] and found["prompt_cache"] != "off" else 0
 
 
 def on_cuda(found: Decisions) -> bool:
     """Whether the device has memory of its own."""
-    return bool(found["idle_weights"] == "cpu")
+    return bool(found["offload_target"] == "cpu")
 
 
-def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
+def phase_activations(workload: Workload, found: Decisions) -> dict[str, int]:
     """Peak activation bytes of each phase, in the order they happen."""
 
     def how(component: str) -> Arithmetic:
@@ -81,64 +80,64 @@ def phase_activations(sizes: Sizes, found: Decisions) -> dict[str, int]:
             attention=attention,
             composed=found["group_norm"] == "composed",
             reordered=reordered(found),
-            winograd=found["convolutions"] == "winograd" and found.dtype(component) == "float32",
-            reuses=found["elementwise"] == "fused" and found.offload != "sequential",
-            transposed=found["doubling"] == "transposed",
-            gated=found["gated_products"],
-            summed=found["residual_sums"] != "apart",
-            absorbed=found["text_keys"] == "absorbed",
+            winograd=found["winograd"] and found.dtype(component) == "float32",
+            reuses=found["ops"] == "triton" and found.offload != "sequential",
+            transposed=found["upsample_fusion"],
+            gated=found["fused_geglu"],
+            summed=found["residual_fusion"] != "off",
+            absorbed=found["prompt_cache"] == "folded into weights",
         )
 
     needs = {}
-    vae = min(found.vae_batch, sizes.images), tile_latents(sizes, found), how("vae")
-    if sizes.text:
-        rows = sizes.rows * sizes.images
-        needs["text"] = max(tower_peak(tower, rows, how("text_encoder")) for tower in sizes.text)
-    if sizes.encodes:
-        needs["encode"] = encoder_peak(sizes.vae, *vae)
-    needs["denoise"] = unet_peak(sizes.unet, unet_rows(sizes, found), sizes.latents, how("unet"))
-    needs["denoise"] += deep_map_bytes(sizes, found)
-    needs["decode"] = decoder_peak(sizes.vae, *vae)
-    if sizes.vision:
-        needs["check"] = tower_peak(sizes.vision, sizes.images, how("safety_checker"))
+    vae = min(found.vae_batch, workload.images), tile_latents(workload, found), how("vae")
+    if workload.text:
+        rows = workload.rows * workload.images
+        needs["text"] = max(tower_peak(tower, rows, how("text_encoder")) for tower in workload.text)
+    if workload.encodes:
+        needs["encode"] = encoder_peak(workload.vae, *vae)
+    needs["denoise"] = unet_peak(workload.unet, unet_rows(workload, found), workload.latents, how("unet"))
+    needs["denoise"] += deep_map_bytes(workload, found)
+    needs["decode"] = decoder_peak(workload.vae, *vae)
+    if workload.vision:
+        needs["check"] = tower_peak(workload.vision, workload.images, how("safety_checker"))
     return needs
 
 
 def reordered(found: Decisions) -> bool:
     """Whether channels-last maps meet CUDA's GroupNorm, which works channel by channel, and not the fused one."""
-    plain = found["elementwise"] == "plain" or found.offload == "sequential"  # layers that come and go are not fused
+    plain = found["ops"] == "eager" or found.offload == "sequential"  # layers that come and go are not fused
     return on_cuda(found) and plain and found.memory_format == "channels_last"
 
 
-def resident(sizes: Sizes, found: Decisions, phases: Iterable[str]) -> dict[str, int]:
+def resident(workload: Workload, found: Decisions, phases: Iterable[str]) -> dict[str, int]:
     """Bytes of parameters that count against the device's memory in each phase."""
-    weights = {name: count * found.width(name) for name, count in counts(sizes).items()}
-    layers = {name: count * found.width(name) for name, count in largest_layers(sizes).items()}
-    if found.offload == "sequential" and found.idle_weights == "cpu":
+    weights = {name: count * found.width(name) for name, count in counts(workload).items()}
+    layers = {name: count * found.width(name) for name, count in largest_layers(workload).items()}
+    if found.offload == "sequential" and found.offload_target == "cpu":
         return {phase: layers[OWNER[phase]] for phase in phases}
-    if found.offload == "model" and found.idle_weights != "kept":
+    if found.offload == "model" and found.offload_target != "device":
         return {phase: weights[OWNER[phase]] for phase in phases}
     whole = sum(weights.values())
     without_text = whole - weights["text_encoder"]
-    if found.text_encoder == "cpu" and found.idle_weights == "cpu":
+    if found.text_encoder == "cpu" and found.offload_target == "cpu":
         return dict.fromkeys(phases, without_text)
-    if found.text_encoder == "freed" and found.idle_weights != "kept":
+    if found.text_encoder == "unloaded" and found.offload_target != "device":
         return {phase: whole if phase == "text" else without_text for phase in phases}
     return dict.fromkeys(phases, whole)
 
 
-def deep_map_bytes(sizes: Sizes, found: Decisions) -> int:
+def deep_map_bytes(workload: Workload, found: Decisions) -> int:
     """What all images' deep maps take that are kept from step to step."""
-    if sizes.deep_branch is None:
+    if workload.deep_branch is None:
         return 0
-    level, channels = sizes.unet.deep_map(sizes.deep_branch)
-    height, width = (-(-side // (1 << level)) for side in sizes.latents)
-    return sizes.images * sizes.rows * channels * height * width * found.width("unet")
+    level, channels = workload.unet.deep_map(workload.deep_branch)
+    height, width = (-(-side // (1 << level)) for side in workload.latents)
+    return workload.images * workload.rows * channels * height * width * found.width("unet")
 
 
-def latent_bytes(sizes: Sizes) -> int:
+def latent_bytes(workload: Workload) -> int:
     """The latents of all images in float32, those that the sampler remembers among them, and the encoded prompts."""
-    height, width = sizes.latents
-    latents = sizes.images * sizes.unet.in_channels * height * width * 4
-    context = sizes.images * sizes.rows * TEXT * max(sizes.unet.context) * 4
+    height, width = workload.latents
+    latents = workload.images * workload.unet.in_channels * height * width * 4
+    context = workload.images * workload.rows * TEXT * max(workload.unet.context) * 4
     return 6 * latents + context

@@ -1,31 +1,31 @@
-"""How many parameters a network has, by arithmetic from its sizes: exact for the checkpoints' architectures."""
+"""How many parameters a network has, by arithmetic from its shape: exact for the checkpoints' architectures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from russet.planning.workload import Sizes, TransformerSizes, UNetSizes, VAESizes
+from russet.planning.workload import TransformerSizes, UNetSizes, VAESizes, Workload
 
 
-def counts(sizes: Sizes) -> Mapping[str, int]:
-    """Parameters of each component (both text encoders together); what ``sizes.parameters`` says wins."""
+def counts(workload: Workload) -> Mapping[str, int]:
+    """Parameters of each component (both text encoders together); what ``workload.parameters`` says wins."""
     return {
-        "text_encoder": sum(transformer(tower) for tower in sizes.text),
-        "unet": unet(sizes.unet),
-        "vae": vae(sizes.vae),
-        "safety_checker": safety_checker(sizes.vision) if sizes.vision else 0,
-        **sizes.parameters,
+        "text_encoder": sum(transformer(tower) for tower in workload.text),
+        "unet": unet(workload.unet),
+        "vae": vae(workload.vae),
+        "safety_checker": safety_checker(workload.vision) if workload.vision else 0,
+        **workload.parameters,
     }
 
 
-def largest_layers(sizes: Sizes) -> Mapping[str, int]:
+def largest_layers(workload: Workload) -> Mapping[str, int]:
     """Parameters of the largest single layer of each component."""
-    bottom, widest = sizes.unet.channels[-1], max(sizes.vae.channels)
+    bottom, widest = workload.unet.channels[-1], max(workload.vae.channels)
     return {
-        "text_encoder": max((tower.vocabulary * tower.width for tower in sizes.text), default=0),
+        "text_encoder": max((tower.vocabulary * tower.width for tower in workload.text), default=0),
         "unet": conv(2 * bottom, bottom),
         "vae": conv(widest, widest),
-        "safety_checker": linear(sizes.vision.width, sizes.vision.hidden) if sizes.vision else 0,
+        "safety_checker": linear(workload.vision.width, workload.vision.hidden) if workload.vision else 0,
     }
 
 

@@ -1,8 +1,8 @@
 """The plan: what to do on this machine, decided in one place by a pure function, each decision with its reason.
 
     facts = read_facts("mps")                       # or mac("M1", memory_gib=8)
-    sizes = Sizes.of(unet=…, vae=…, text_encoder=…, width=512, height=512, images=4)
-    print(plan(facts, sizes, Request()).explain())
+    workload = Workload.of(unet=…, vae=…, text_encoder=…, width=512, height=512, images=4)
+    print(plan(facts, workload, Request()).explain())
 
 What a pipeline does with each decision is written in ``MEANING``, one line per name.
 """
@@ -14,9 +14,17 @@ from typing import Any
 
 from russet.errors import DoesNotFit
 from russet.hardware.facts import Facts
-from russet.planning.decisions import Decision, Decisions, gigabytes, spelled
-from russet.planning.memory import Estimate, Sizes
-from russet.planning.plan_types import MEANING, AttentionChoice, Request, Tile
+from russet.planning.memory import Estimate, Workload
+from russet.planning.plan_types import (
+    MEANING,
+    AttentionChoice,
+    Decision,
+    Decisions,
+    Request,
+    Tile,
+    format_value,
+    gigabytes,
+)
 from russet.planning.strategies import best, largest_fit, least_peak
 
 __all__ = ["MEANING", "AttentionChoice", "Decision", "Plan", "Request", "Tile", "plan"]
@@ -27,7 +35,7 @@ class Plan(Decisions):
     """All decisions, and the memory that they are predicted to take: ``plan["micro_batch"]``, ``plan.peak``."""
 
     facts: Facts
-    sizes: Sizes
+    workload: Workload
     estimate: Estimate
 
     @property
@@ -44,9 +52,9 @@ class Plan(Decisions):
 
     def explain(self) -> str:
         """The plan in readable lines."""
-        facts, sizes = self.facts, self.sizes
+        facts, workload = self.facts, self.workload
         lines = [
-            f"{sizes.images} × {sizes.width}×{sizes.height} on {facts.chip} ({facts.device}): at most"
+            f"{workload.images} × {workload.width}×{workload.height} on {facts.chip} ({facts.device}): at most"
             f" {gigabytes(self.peak)} of the {gigabytes(facts.budget)} that are free",
             *(f"  {phase.name}: {gigabytes(phase.peak)}" for phase in self.estimate.phases),
             *(f"  {decision}" for decision in self.decisions),
@@ -60,21 +68,21 @@ class Plan(Decisions):
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON has it."""
         return {
-            "width": self.sizes.width,
-            "height": self.sizes.height,
-            "images": self.sizes.images,
+            "width": self.workload.width,
+            "height": self.workload.height,
+            "images": self.workload.images,
             "peak_bytes": self.peak,
             "budget_bytes": self.facts.budget,
             "limit_bytes": self.facts.limit,
             "phases": {phase.name: phase.peak for phase in self.estimate.phases},
             "decisions": {
-                decision.name: {"value": spelled(decision.value), "reason": decision.reason, "by": decision.by}
+                decision.name: {"value": format_value(decision.value), "reason": decision.reason, "by": decision.by}
                 for decision in self.decisions
             },
         }
 
 
-def plan(facts: Facts, sizes: Sizes, request: Request | None = None) -> Plan:
+def plan(facts: Facts, workload: Workload, request: Request | None = None) -> Plan:
     """Decides how to do the work on a machine. Pure: the same arguments give the same plan.
 
     Raises:
@@ -82,22 +90,22 @@ def plan(facts: Facts, sizes: Sizes, request: Request | None = None) -> Plan:
         InputError: an attention slice size larger than the number of heads.
     """
     asked = request or Request()
-    chosen = best(facts, sizes, asked)
+    chosen = best(facts, workload, asked)
     if chosen is None:
-        raise DoesNotFit(refusal(facts, sizes, asked))
+        raise DoesNotFit(refusal(facts, workload, asked))
     found, estimate = chosen
-    return Plan(decisions=found.decisions, facts=facts, sizes=sizes, estimate=estimate)
+    return Plan(decisions=found.decisions, facts=facts, workload=workload, estimate=estimate)
 
 
-def refusal(facts: Facts, sizes: Sizes, request: Request) -> str:
+def refusal(facts: Facts, workload: Workload, request: Request) -> str:
     """What is missing, and the largest picture of the same shape that would fit."""
-    least = least_peak(facts, sizes, request)
-    fits = largest_fit(facts, sizes, request)
+    least = least_peak(facts, workload, request)
+    fits = largest_fit(facts, workload, request)
     if fits:
         advice = f"the largest of this shape that fits is {fits[0]}×{fits[1]}"
     else:
         advice = "no size fits, since the networks alone are too large: half precision or a smaller model may fit"
     return (
-        f"{sizes.images} × {sizes.width}×{sizes.height} pixels need at least {gigabytes(least)} on {facts.chip}, and it"
-        f" has {gigabytes(facts.limit)} for them; {advice}"
+        f"{workload.images} × {workload.width}×{workload.height} pixels need at least {gigabytes(least)} on"
+        f" {facts.chip}, and it has {gigabytes(facts.limit)} for them; {advice}"
     )

@@ -1,47 +1,53 @@
-"""Bytes of what denoising makes before its first step and keeps to its end: of the text, of the times, of weights."""
+"""Bytes of what denoising precomputes and keeps to its end: the prompt cache, timestep embeddings, copied weights."""
 
 from __future__ import annotations
 
 from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
-from russet.planning.decisions import Decisions
-from russet.planning.plan_types import TEXT, AttentionChoice
-from russet.planning.workload import Sizes
+from russet.planning.plan_types import TEXT, AttentionChoice, Decisions
+from russet.planning.workload import Workload
 
-TOLD = 50  # times that are told at once; Stable Diffusion 1.5's take 2 MB in half precision
+PRECOMPUTED = 50  # timesteps that are computed together; Stable Diffusion 1.5's take 2 MB in half precision
 
 
-def made_before(sizes: Sizes, found: Decisions, rows: int) -> int:
+def precomputed_bytes(workload: Workload, found: Decisions, rows: int) -> int:
     """All of it, for ``rows`` rows in a call of the UNet."""
-    kept = {"kept": text_key_bytes, "kept together": text_key_bytes, "absorbed": absorbed_bytes}.get(found["text_keys"])
-    total = 0 if kept is None else kept(sizes, found)
-    if found["times"] == "ahead":
-        total += told_bytes(sizes, found)
-    if found["residual_sums"] == "in products, with copies":
-        total += copied_bytes(sizes, found, rows, found.attention("unet"))
+    total = prompt_cache_bytes(workload, found)
+    if found["timestep_embeddings"] == "precomputed":
+        total += timestep_embedding_bytes(workload, found)
+    if found["residual_fusion"] == "with weight copies":
+        total += weight_copy_bytes(workload, found, rows, found.attention("unet"))
     return total
 
 
-def text_key_bytes(sizes: Sizes, found: Decisions) -> int:
+def prompt_cache_bytes(workload: Workload, found: Decisions) -> int:
+    """What the prompt cache takes in the form that was decided."""
+    if found["prompt_cache"] == "off":
+        return 0
+    folded = found["prompt_cache"] == "folded into weights"
+    return folded_bytes(workload, found) if folded else prompt_kv_bytes(workload, found)
+
+
+def prompt_kv_bytes(workload: Workload, found: Decisions) -> int:
     """What the keys and values of all prompts take, in all layers."""
-    features = sum(width * depth for _, width, depth in sizes.unet.transformers)
-    return sizes.images * sizes.rows * TEXT * 2 * features * found.width("unet")
+    features = sum(width * depth for _, width, depth in workload.unet.transformers)
+    return workload.images * workload.rows * TEXT * 2 * features * found.width("unet")
 
 
-def absorbed_bytes(sizes: Sizes, found: Decisions) -> int:
-    """What the weights of all layers take with all prompts multiplied into them."""
-    features = sum(width * depth * sizes.unet.heads[level] for level, width, depth in sizes.unet.transformers)
-    return sizes.images * sizes.rows * TEXT * 2 * features * found.width("unet")
+def folded_bytes(workload: Workload, found: Decisions) -> int:
+    """What the projections of all cross-attention layers take with the prompts' keys and values folded into them."""
+    features = sum(width * depth * workload.unet.heads[level] for level, width, depth in workload.unet.transformers)
+    return workload.images * workload.rows * TEXT * 2 * features * found.width("unet")
 
 
-def told_bytes(sizes: Sizes, found: Decisions) -> int:
-    """What times that are told at once come to: an embedding, and a number for each channel of each residual block."""
-    outputs = sum(sizes.unet.channels[level] for level, _, _ in sizes.unet.blocks)
-    return TOLD * (4 * sizes.unet.channels[0] + outputs) * found.width("unet")
+def timestep_embedding_bytes(workload: Workload, found: Decisions) -> int:
+    """What precomputed timestep embeddings take: one each, and its projection for every residual block."""
+    outputs = sum(workload.unet.channels[level] for level, _, _ in workload.unet.blocks)
+    return PRECOMPUTED * (4 * workload.unet.channels[0] + outputs) * found.width("unet")
 
 
-def copied_bytes(sizes: Sizes, found: Decisions, rows: int, attention: AttentionChoice | None = None) -> int:
+def weight_copy_bytes(workload: Workload, found: Decisions, rows: int, attention: AttentionChoice | None = None) -> int:
     """What copies of weights take: of self-attention's output with its bias, of heads padded, of shortcuts repeated."""
-    u, number = sizes.unet, found.width("unet")
+    u, number = workload.unet, found.width("unet")
     total = 0
     for level, width, depth in u.transformers:
         dim = width // u.heads[level]

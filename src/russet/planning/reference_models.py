@@ -1,10 +1,10 @@
-"""The sizes of published checkpoints, so that a machine can be judged before anything is downloaded."""
+"""The shapes of published checkpoints, so that a machine can be judged before anything is downloaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from russet.planning.workload import Sizes
+from russet.planning.workload import Workload
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -57,12 +57,12 @@ SDXL_UNET = {
 }
 
 
-def sd15(*, safety_checker: bool = True, **work: Any) -> Sizes:
-    """Stable Diffusion 1.5 at 512×512, or as ``work`` says (``width``, ``images``, …: see ``Sizes``)."""
+def sd15(*, safety_checker: bool = True, **work: Any) -> Workload:
+    """Stable Diffusion 1.5 at 512×512, or as ``work`` says (``width``, ``images``, …: see ``Workload``)."""
     checker = SAFETY_CHECKER if safety_checker else None
-    return Sizes.of(unet=SD15_UNET, vae=VAE, text_encoder=CLIP_L, safety_checker=checker, **work)
+    return Workload.of(unet=SD15_UNET, vae=VAE, text_encoder=CLIP_L, safety_checker=checker, **work)
 
 
-def sdxl(**work: Any) -> Sizes:
+def sdxl(**work: Any) -> Workload:
     """Stable Diffusion XL base at 1024×1024, or as ``work`` says."""
-    return Sizes.of(unet=SDXL_UNET, vae=VAE, text_encoder=CLIP_L, text_encoder_2=CLIP_G, **work)
+    return Workload.of(unet=SDXL_UNET, vae=VAE, text_encoder=CLIP_L, text_encoder_2=CLIP_G, **work)

@@ -172,7 +172,7 @@ class TransformerSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class Workload:
     """The work of one call: pictures of ``width`` × ``height`` pixels, ``images`` of them, by these networks.
 
     ``rows`` is how many UNet rows an image takes: 2 with guidance, 1 without. ``encodes`` says that pictures go in.
@@ -208,8 +208,8 @@ class Sizes:
         text_encoder_2: Numbers | None = None,
         safety_checker: Numbers | None = None,
         **work: Any,
-    ) -> Sizes:
-        """From the components' configs and the work: ``Sizes.of(unet=…, vae=…, width=512, height=512, images=4)``.
+    ) -> Workload:
+        """From the components' configs and the work: ``Workload.of(unet=…, vae=…, width=512, height=512, images=4)``.
 
         Width and height default to the UNet's own sample size.
 

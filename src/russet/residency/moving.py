@@ -19,8 +19,8 @@ from russet.checkpoints.pending_weights import Draft
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.hardware.facts import best_device, read_facts
 from russet.pipelines.switches import Switches
-from russet.planning.memory import Sizes
 from russet.planning.plan import Plan, Request, plan
+from russet.planning.workload import Workload
 from russet.residency import placement
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class Movable(Switches):
         Raises:
             DoesNotFit: the work needs more memory than there is; the error names the largest size that would fit.
         """
-        sizes = self.sizes(height, width, num_images, guided=guidance_scale > 1)
-        return plan(read_facts(self._device, weights=self._weights_there()), sizes, self._request())
+        workload = self.workload(height, width, num_images, guided=guidance_scale > 1)
+        return plan(read_facts(self._device, weights=self._weights_there()), workload, self._request())
 
     def _weights_there(self) -> int:
         """Bytes of weights that are on the pipeline's device now; a network is in one place and in one precision."""
@@ -129,7 +129,7 @@ class Movable(Switches):
         there = {network: first for network, first in firsts.items() if first.device.type == self._device.type}
         return sum(placement.size(network) * first.element_size() for network, first in there.items())
 
-    def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
+    def workload(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Workload:
         """The numbers that a plan is made from; each pipeline knows how its components hang together."""
         raise InputError(f"{type(self).__name__} draws nothing itself; use a pipeline such as StableDiffusionPipeline")
 
@@ -144,8 +144,8 @@ class Movable(Switches):
         return dataclasses.replace(
             self._choices,
             dtype=wanted,
-            rereadable=self._drafts.keys() >= set(networks.values()),
-            unnoticed="text_encoder" not in self._noticed,
+            reloadable=self._drafts.keys() >= set(networks.values()),
+            text_encoder_exclusive="text_encoder" not in self._noticed,
         )
 
     def _place(self) -> None:

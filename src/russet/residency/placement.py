@@ -29,7 +29,7 @@ from russet.models.modules import modules, places, weights
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
 from russet.planning.calls import unet_rows
-from russet.planning.device_defaults import environment
+from russet.planning.device_defaults import allocator_environment
 from russet.planning.plan import AttentionChoice, Plan, Tile
 
 if TYPE_CHECKING:
@@ -75,17 +75,17 @@ def built(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
 
 def steps_of(plan: Plan) -> Elementwise:
     """The steps between the matrix products as the plan wants them."""
-    if plan["elementwise"] == "fused":
-        return fused_steps(plan["gated_products"], plan["doubling"] == "transposed")
-    winograd, onednn = plan["convolutions"] == "winograd", plan["linear_layers"] == "onednn"
+    if plan["ops"] == "triton":
+        return fused_steps(plan["fused_geglu"], plan["upsample_fusion"])
+    winograd, onednn = plan["winograd"], plan["onednn_linear"]
     return OnCPU(by_winograd=winograd, by_onednn=onednn) if winograd or onednn else PLAIN
 
 
 def compile_kernels(plan: Plan, device: torch.device) -> None:
     """Has kernels of ours compiled while weights are moved and read."""
-    if plan["elementwise"] == "fused":
+    if plan["ops"] == "triton":
         for dtype in {plan.dtype("unet"), plan.dtype("vae")}:
-            kernels(plan["gated_products"], plan["doubling"] == "transposed").prepare(device, dtype_named(dtype))
+            kernels(plan["fused_geglu"], plan["upsample_fusion"]).prepare(device, dtype_named(dtype))
 
 
 @functools.cache
@@ -107,7 +107,7 @@ def set_environment(device: torch.device) -> None:
 
     One of the user's and one of ours could contradict each other, which ends in an error when the device starts.
     """
-    variables = environment(device.type)
+    variables = allocator_environment(device.type)
     if not variables.keys() & os.environ.keys():
         os.environ.update(variables)
 
@@ -119,7 +119,9 @@ def carry_out(plan: Plan, networks: Mapping[str, nn.Module]) -> None:
     for name, network in networks.items():
         listed = modules(network, anew=True)
         set_norms(listed, composed_groups=composed, float32_layers=wide)
-        set_linears(listed, "flat" if plan["linear_inputs"] == "flat" else plan["linear_layers"])
+        set_linears(
+            listed, "flat" if plan["flatten_linear_inputs"] else "onednn" if plan["onednn_linear"] else "native"
+        )
         if name in ("text_encoder", "unet", "vae"):
             hand(listed, attention=attention_of(plan, name), steps=steps)
 
@@ -162,8 +164,8 @@ def home(component: str, plan: Plan, device: torch.device) -> torch.device:
         return CPU
     if plan.offload == "sequential":
         return CPU
-    if plan.offload == "model" or (component == "text_encoder" and plan.text_encoder == "freed"):
-        return {"cpu": CPU, "dropped": META, "kept": device}[plan["idle_weights"]]
+    if plan.offload == "model" or (component == "text_encoder" and plan.text_encoder == "unloaded"):
+        return {"cpu": CPU, "disk": META, "device": device}[plan["offload_target"]]
     return device
 
 
@@ -228,17 +230,17 @@ def at_work(
 
 def blocks_kept(component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
     """Has the C library do with freed memory what the plan wants, while the block lasts."""
-    rules = {"unet": malloc.kept, "vae": malloc.returned} if plan["freed_memory"] == "kept" else {}
+    rules = {"unet": malloc.kept, "vae": malloc.returned} if plan["malloc_tuning"] else {}
     return rules.get(component, contextlib.nullcontext)()
 
 
 @contextlib.contextmanager
 def summing(component: str, network: nn.Module, plan: Plan) -> Iterator[None]:
     """Has the UNet's sums made as the plan wants them, by weights as they are now, for as long as the block lasts."""
-    if component != "unet" or plan["residual_sums"] == "apart" or not isinstance(network, Model):
+    if component != "unet" or plan["residual_fusion"] == "off" or not isinstance(network, Model):
         yield
         return
-    copies = unet_rows(plan.sizes, plan) if plan["residual_sums"] == "in products, with copies" else None
+    copies = unet_rows(plan.workload, plan) if plan["residual_fusion"] == "with weight copies" else None
     network.lay_sums(copies)
     try:
         yield
@@ -250,13 +252,13 @@ def prepare(network: nn.Module, plan: Plan) -> None:
     """Gives weights that are about to work their layout and their place, and joins those that the plan wants multiplied
     at once; nothing to do the second time, unless they were moved.
     """
-    wanted = plan.memory_format, bool(plan["joined_products"])
+    wanted = plan.memory_format, bool(plan["packed_projections"])
     if isinstance(network, Model) and network.prepared == (wanted, places(network)):
         return
     layout(network, plan.memory_format)
     align(network)
     if isinstance(network, Model):
-        if plan["joined_products"]:
+        if plan["packed_projections"]:
             network.lay_together()
         network.prepared = wanted, places(network)
 
