@@ -50,7 +50,7 @@ class Ops(Protocol):
         ...
 
     def group_norm_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
-        """``norm(x)`` before ``linear_add`` adds a product of ``last`` to ``x``, and whether its bias is in ``x`` now."""
+        """``norm(x)`` before ``linear_add`` adds ``last``'s product to ``x``, and whether its bias is in ``x`` now."""
         ...
 
     def conv(

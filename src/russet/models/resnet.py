@@ -61,7 +61,8 @@ class ResnetBlock2D(nn.Module):
             h = self.norm2(h + self.time_emb_proj(emb)[:, :, None, None])
         h = self.conv2(self.act(h))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
+        x = x + h
+        return x if self.output_scale_factor == 1 else x / self.output_scale_factor
 
 
 class Downsample2D(nn.Module):

@@ -29,7 +29,7 @@ class Attention(Attending):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, N, H·D] as [B, H, N, D]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -126,4 +126,5 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     """Tokens [B, h·w, C] as a channels-last view [B, C, h, w] with the height and width of ``like``."""
-    return tokens.unflatten(1, tuple(like.shape[2:])).permute(0, 3, 1, 2)
+    batch, _, features = tokens.shape
+    return tokens.view(batch, *like.shape[2:], features).permute(0, 3, 1, 2)

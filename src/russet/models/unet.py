@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from russet.errors import InputError
 from russet.models.base import require_tensor
 from russet.models.conditioning import Conditioned
-from russet.models.unet_blocks import Stage, down_blocks, mid_block, up_blocks
+from russet.models.unet_blocks import DownBlock2D, Stage, UpBlock2D, down_blocks, mid_block, up_blocks
 from russet.models.unet_config import UNetConfig
 
 
@@ -49,12 +49,12 @@ class UNet2DConditionModel(Conditioned):
     @property
     def input_stages(self) -> list[Stage]:
         """The way down as one list; the output of each stage is a skip connection."""
-        return [stage for block in self.down_blocks for stage in block.stages]
+        return [stage for block in self.down_blocks for stage in cast(DownBlock2D, block).stages]
 
     @property
     def output_stages(self) -> list[Stage]:
         """The way up as one list; each stage takes one skip connection, the latest first."""
-        return [stage for block in self.up_blocks for stage in block.stages]
+        return [stage for block in self.up_blocks for stage in cast(UpBlock2D, block).stages]
 
     def forward(
         self,

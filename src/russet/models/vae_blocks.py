@@ -40,7 +40,7 @@ class Encoder(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """Residual blocks and changes of resolution in order: the way down as one list."""
-        return [layer for block in self.down_blocks for layer in (*block.resnets, *block.downsamplers)]
+        return [layer for block in self.down_blocks for part in block.children() for layer in part.children()]
 
 
 class Decoder(nn.Module):
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """Residual blocks and changes of resolution in order: the way up as one list."""
-        return [layer for block in self.up_blocks for layer in (*block.resnets, *block.upsamplers)]
+        return [layer for block in self.up_blocks for part in block.children() for layer in part.children()]
 
 
 class DownEncoderBlock2D(nn.Module):

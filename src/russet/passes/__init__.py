@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -24,7 +24,7 @@ from russet.passes import (
     winograd,
     workarounds,
 )
-from russet.passes.base import Changes, Pass
+from russet.passes.base import Changes, Choices, Pass
 
 PASSES: tuple[Pass, ...] = (
     buffer_donation.PASS,
@@ -44,14 +44,18 @@ PASSES: tuple[Pass, ...] = (
 """In the order in which they are decided and applied: each may read what was decided before it."""
 
 
-def apply(network: nn.Module, name: str, plan: Any) -> Changes:
-    """Changes the network of a component as the plan says; ``undo()`` of what is returned restores it exactly."""
+OFF: Mapping[str, Any] = {**workarounds.OFF, **{one.name: one.off for one in PASSES}}
+"""All passes and workarounds off: the plain network."""
+
+
+def apply(network: nn.Module, name: str, choices: Choices) -> Changes:
+    """Changes the network of a component as was decided; ``undo()`` of what is returned restores it exactly."""
     changes = Changes()
     try:
-        workarounds.apply(network, plan, changes)
+        workarounds.apply(network, choices, changes)
         for one in PASSES:
-            if plan[one.name] != one.off:
-                one.apply(network, name, plan, changes)
+            if choices[one.name] != one.off:
+                one.apply(network, name, choices, changes)
     except BaseException:
         changes.undo()
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from russet.backends.layers import (
     PairedLinear,
 )
 from russet.backends.ops import hooked
+from russet.hardware.facts import Facts
 from russet.models.transformer import TokenProjection
 
 OWN = {
@@ -44,6 +45,9 @@ OWN = {
     nn.Identity,
 }
 """Classes of layers that are nothing but their weights."""
+
+
+LAYER_BY_LAYER = "with sequential offload, layers are on the device one at a time"
 
 
 class Changes:
@@ -92,6 +96,26 @@ def swap_layers(
     return swapped
 
 
+class Situation(NamedTuple):
+    """What a pass decides on: the machine, the work, what the user asked for, and what was decided before."""
+
+    facts: Facts
+    workload: Any
+    request: Any
+    decided: Any
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was decided for a network, ``choices["ops"]``, and the rows of latents in one call of the UNet."""
+
+    decided: Any  # a plan, or a mapping
+    rows: int
+
+    def __getitem__(self, name: str) -> Any:
+        return self.decided[name]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """What a pass does to the memory of a call.
@@ -113,7 +137,7 @@ class Pass:
         off: the value for which nothing is done, as ``disable_fast_paths()`` asks for.
         devices: where ``decide`` is asked; elsewhere it is off because of ``elsewhere``.
         decide: from a situation to a value and the reason for it.
-        apply: changes a component's network, ``name`` in the pipeline, as the plan says.
+        apply: changes a component's network, ``name`` in the pipeline, as was decided.
         footprint: what it does to memory, for a situation in which its value is decided.
         computing: a context to compute in, by the component's name.
     """
@@ -123,7 +147,7 @@ class Pass:
     off: Any
     devices: tuple[str, ...]
     elsewhere: str
-    decide: Callable[[Any], tuple[Any, str]]
-    apply: Callable[[nn.Module, str, Any, Changes], None] = lambda network, name, plan, changes: None
-    footprint: Callable[[Any], Footprint] = lambda situation: Footprint()
+    decide: Callable[[Situation], tuple[Any, str]]
+    apply: Callable[[nn.Module, str, Choices, Changes], None] = lambda network, name, choices, changes: None
+    footprint: Callable[[Situation], Footprint] = lambda situation: Footprint()
     computing: Callable[[str], contextlib.AbstractContextManager[None]] | None = None

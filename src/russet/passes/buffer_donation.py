@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from russet.passes.base import Changes, Pass
+from russet.passes.base import Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
 LARGE = 2**20
 """Bytes of the UNet's first map from which memory matters more than the few microseconds that the bookkeeping takes."""
 
 
-def decide(situation) -> tuple[bool, str]:  # type: ignore[no-untyped-def]
+def decide(situation: Situation) -> tuple[bool, str]:
     workload, decided = situation.workload, situation.decided
     rows = workload.rows * min(decided["micro_batch"], workload.images)
     height, width = workload.latents
@@ -24,7 +24,7 @@ def decide(situation) -> tuple[bool, str]:  # type: ignore[no-untyped-def]
     return True, "a map is free as soon as the last operation has read it"
 
 
-def apply(network: nn.Module, name: str, plan: object, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     optimize_blocks(network, changes)
 
 
@@ -36,4 +36,5 @@ PASS = Pass(
     elsewhere="",
     decide=decide,
     apply=apply,
+    footprint=lambda situation: Footprint(walk={"donates": situation.decided["buffer_donation"]}),
 )

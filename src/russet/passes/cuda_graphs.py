@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from russet.passes.base import Footprint, Pass
+from russet.passes.base import Footprint, Pass, Situation
 from russet.passes.prompt_cache import cached_bytes
 
 LAUNCH_BOUND = 16 * 512 * 512
@@ -15,28 +13,28 @@ took as long as thirty-two, twice the work, where the processor is slow.
 """
 
 
-def decide(situation: Any) -> tuple[bool, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     workload, decided = situation.workload, situation.decided
     if decided["offload"] is not None:
-        return False, "weights move between calls"
+        return False, "offloading moves weights between calls"
     rows = workload.rows * min(decided["micro_batch"], workload.images)
     if rows * workload.width * workload.height > LAUNCH_BOUND:
-        return False, "calls of this size keep the GPU busy for longer than it takes to launch their kernels"
+        return False, "kernels of this size run longer than it takes to launch them"
     return True, "launching the kernels one by one would take longer than running them"
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     """A graph has its own copy of the text's keys and values."""
-    holds = situation.decided["graphs"] and situation.decided["prompt_cache"] != "off"
+    holds = situation.decided["cuda_graphs"] and situation.decided["prompt_cache"] != "off"
     return Footprint(kept=cached_bytes(situation) if holds else 0)
 
 
 PASS = Pass(
-    name="graphs",
+    name="cuda_graphs",
     meaning="True: UNet calls are captured as CUDA graphs and replayed",
     off=False,
     devices=("cuda",),
-    elsewhere="only CUDA has them",
+    elsewhere="only CUDA has graphs",
     decide=decide,
     footprint=footprint,
 )

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from russet.backends.blocks.transformer import OptimizedGEGLU
 from russet.models.transformer import GEGLU
-from russet.passes.base import Changes, Footprint, Pass, untouched
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, untouched
 
 
-def decide(situation: Any) -> tuple[bool, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     facts, decided = situation.facts, situation.decided
     if not facts.triton:
-        return False, "Triton is not there, or no C compiler for it"
+        return False, "Triton, or a C compiler for it, is not installed"
     if decided["offload"] == "sequential":
-        return False, "layers come to the device one by one"
+        return False, LAYER_BY_LAYER
     if facts.capability < (9, 0):
-        return False, "the GPU does not copy whole tiles by itself, which makes the kernel quick"
+        return False, "the kernel is fast only on GPUs that load tiles asynchronously (compute capability 9.0 and up)"
     if decided.width("unet") > 2:
         return False, "the kernel is for half precision"
-    return True, "half of what the product would write, and read again, is never written"
+    return True, "half of the matrix product's result is used at once and never written to memory"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
-    from russet.backends.triton.layers import FusedGEGLU, TritonGEGLU  # Triton is there where the plan chose it
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
+    from russet.backends.triton.layers import FusedGEGLU, TritonGEGLU  # Triton is installed where the plan chose it
 
     if name == "unet":
         for module in network.modules():
-            if type(module) in (GEGLU, OptimizedGEGLU, TritonGEGLU) and untouched(module.proj):
+            if type(module) in (GEGLU, OptimizedGEGLU, TritonGEGLU) and all(map(untouched, module.children())):
                 changes.set_class(module, FusedGEGLU)
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     return Footprint(walk={"fused_geglu": situation.decided["fused_geglu"]})
 
 
 PASS = Pass(
     name="fused_geglu",
-    meaning="True: products of the UNet's gated layers are kernels that gate what they multiply",
+    meaning="True: one kernel computes a GEGLU layer's matrix product and its gate",
     off=False,
     devices=("cuda",),
-    elsewhere="there are no kernels of ours for this device",
+    elsewhere="Russet's Triton kernels do not run on this device",
     decide=decide,
     apply=apply,
     footprint=footprint,

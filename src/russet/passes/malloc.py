@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from russet.backends.cpu import malloc
-from russet.passes.base import Pass
+from russet.passes.base import Pass, Situation
 
 LARGE = 32 * 2**20
 """Bytes of a map from which glibc, by its own rules, gives every freed one back to the system."""
 
 
-def decide(situation: Any) -> tuple[bool, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     workload, decided = situation.workload, situation.decided
     if not situation.facts.glibc:
-        return False, "only glibc, by its own rules, is known to gain from it"
+        return False, "only glibc with its default settings is known to gain from it"
     height, width = workload.latents
     rows = workload.rows * min(decided["micro_batch"], workload.images)
     widest = (
         3 * rows * height * width * workload.unet.channels[0] * decided.width("unet")
     )  # the joined map and its norm
     if widest < LARGE:
-        return False, "the maps are small enough for glibc to keep them by itself"
-    return True, "glibc would give each map back, and the system clear the next one's pages, at every operation"
+        return False, "the feature maps are small enough for glibc to keep them by itself"
+    return True, "glibc would return every feature map to the system, which clears the next one's pages each time"
 
 
 def computing(component: str) -> contextlib.AbstractContextManager[None]:
@@ -33,8 +32,7 @@ def computing(component: str) -> contextlib.AbstractContextManager[None]:
 
 PASS = Pass(
     name="malloc_tuning",
-    meaning="True: freed memory is kept for the next operation while the UNet works, and returned afterwards; the"
-    " VAE's, whose maps are larger, at once",
+    meaning="True: while the UNet works, the C library keeps freed memory for the next operation",
     off=False,
     devices=("cpu",),
     elsewhere="the device's memory has an allocator of its own",

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from russet.backends.cpu.convolution import CpuConv2d
 from russet.backends.cpu.linear import OneDNNLinear, OneDNNTokenProjection
 from russet.models.transformer import TokenProjection
-from russet.passes.base import Changes, Pass, swap_layers
+from russet.passes.base import Changes, Choices, Pass, Situation, swap_layers
 
 X86 = ("x86_64", "AMD64")  # as Python names it on Linux and Windows
 
 
-def decide(situation: Any) -> tuple[str, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     if situation.facts.onednn and situation.facts.machine in X86:
-        return "onednn", "its float32 products are the fastest here"
-    return "native", "PyTorch's choice is the best known here"
+        return True, "oneDNN's matrix products are the fastest on this CPU"
+    return False, "PyTorch chooses the library for linear layers here"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     swap_layers(network, {nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
     if name in ("unet", "vae"):
         swap_layers(network, {nn.Conv2d: CpuConv2d}, changes)
@@ -30,11 +28,11 @@ def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
 
 
 PASS = Pass(
-    name="linear_layers",
-    meaning="'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
-    off="native",
+    name="onednn_linear",
+    meaning="True: linear layers of all networks call oneDNN directly",
+    off=False,
     devices=("cpu",),
-    elsewhere="PyTorch's choice is the best known here",
+    elsewhere="PyTorch chooses the library for linear layers here",
     decide=decide,
     apply=apply,
 )

@@ -8,7 +8,6 @@ under its own name, as the same ``nn.Parameter``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from russet.backends.blocks.transformer import OptimizedAttention
 from russet.backends.blocks.unet import OptimizedUNet
 from russet.backends.gemm_heuristics import ONES
 from russet.backends.ops import flat_linear
-from russet.passes.base import Changes, Pass
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
 
@@ -87,15 +86,15 @@ class PackedTimeProjections:
         return dict(zip(self.projections, outputs.split(rows, dim=-1), strict=True))  # type: ignore[no-untyped-call]
 
 
-def decide(situation: Any) -> tuple[bool, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     if situation.decided["offload"] == "sequential":
-        return False, "layers come to the device one by one"
+        return False, LAYER_BY_LAYER
     if situation.facts.torch < (2, 0):
         return False, "this PyTorch cannot tell which tensors share memory"
-    return True, "one large product keeps the device busier than three small ones"
+    return True, "one large matrix product keeps the GPU busier than three smaller ones"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     optimize_blocks(network, changes)
     for module in network.modules():
         if isinstance(module, OptimizedAttention) and packs(module):
@@ -118,10 +117,10 @@ def adds_time(block: OptimizedResnet) -> bool:
 
 PASS = Pass(
     name="packed_projections",
-    meaning="True: weights multiplied with one input lie side by side in memory, and are one product",
+    meaning="True: weights that multiply the same input (queries, keys, values) are packed into one",
     off=False,
     devices=("mps", "cuda"),
-    elsewhere="a CPU has no launches to save",
+    elsewhere="one large matrix product is no faster than three smaller ones on a CPU",
     decide=decide,
     apply=apply,
 )

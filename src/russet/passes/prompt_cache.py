@@ -17,7 +17,6 @@ Letters: R rows of text, M words, N tokens, H heads, D features of a head, C = H
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,20 @@ from torch import Tensor, nn
 from russet.backends.blocks.inputs import Context, FoldedAttention
 from russet.backends.blocks.transformer import OptimizedAttention
 from russet.backends.blocks.unet import OptimizedUNet
+from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
 from russet.models.attention import is_fused, padded_heads
 from russet.models.transformer import Attention
-from russet.passes.base import Changes, Footprint, Pass
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 from russet.passes.packed_projections import PackedLinears
+
+PACKED, FOLDED = "packed keys and values", "folded into weights"
 
 LONGEST = 77
 """Tokens of a text up to which it is folded: what more would take no plan knows."""
 
-FOLDED = 2**26
+MOST_FOLDED = 2**26
 """Bytes that folded texts may take: as much again as a UNet call of one 512×512 picture needs, at the most."""
 
 
@@ -139,69 +141,70 @@ def cached_prompt(unet: nn.Module, context: Tensor, value: str) -> Context | Ten
     if value == "off" or not isinstance(unet, OptimizedUNet):
         return context
     layers = text_layers(unet)
-    packed = getattr(unet, "packed_texts", None) if value == "packed" else None
-    return PromptCache(context, layers, value == "folded" and context.shape[1] <= LONGEST, packed)
+    packed = getattr(unet, "packed_texts", None) if value == PACKED else None
+    return PromptCache(context, layers, value == FOLDED and context.shape[1] <= LONGEST, packed)
 
 
-def decide(situation: Any) -> tuple[str, str]:
+def decide(situation: Situation) -> tuple[str, str]:
     facts, decided, request = situation.facts, situation.decided, situation.request
     size, folded = cached_bytes(situation), folded_bytes(situation)
     if decided["offload"] == "sequential":
-        return "off", "layers come to the device one by one"
+        return "off", LAYER_BY_LAYER
     if size > facts.budget // 50:
-        return "off", f"{size / 1e9:.2f} GB for all prompts are too much to keep"
-    kept = f"the text is the same in all steps; {size / 1e9:.2f} GB hold its keys and values"
+        return "off", f"the keys and values of all prompts would take {gigabytes(size)}, which is too much"
+    kept = f"the prompt is the same in all steps; its keys and values take {gigabytes(size)}"
     if facts.device == "cuda":
-        return "packed", kept
+        return PACKED, kept
     if facts.device != "mps" or affected(facts, "no-sdpa") or affected(facts, "no-flash"):
-        return "cached", kept
+        return "keys and values", kept
     if situation.workload.unet.upcast:
-        return "cached", f"{kept}; this network's scores are computed in float32, apart from its weights"
+        return "keys and values", f"{kept}; this network needs float32 scores, which folded weights would not give"
     if request.attention_slicing not in (None, "off"):
-        return "cached", f"{kept}; attention in slices was asked for"
-    if decided.width("unet") > 2 or folded > min(FOLDED, facts.budget // 40):
-        return "cached", f"{kept}; folded into the weights it would take {folded / 1e9:.2f} GB"
-    return "folded", f"the text is the same in all steps; {folded / 1e9:.2f} GB hold it multiplied into the weights"
+        return "keys and values", f"{kept}; attention slicing was requested"
+    if decided.width("unet") > 2 or folded > min(MOST_FOLDED, facts.budget // 40):
+        return "keys and values", f"{kept}; folded into the weights they would take {gigabytes(folded)}, too much"
+    return FOLDED, f"the prompt is the same in all steps; folded into the weights it takes {gigabytes(folded)}"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name != "unet":
         return
     optimize_blocks(network, changes)
     layers = text_layers(network)
-    if plan["prompt_cache"] == "packed" and layers and hasattr(Tensor, "untyped_storage"):
+    if choices["prompt_cache"] == PACKED and layers and hasattr(Tensor, "untyped_storage"):
         changes.set(
             network, "packed_texts", PackedLinears([one for layer in layers for one in (layer.to_k, layer.to_v)])
         )
 
 
-def cached_bytes(situation: Any) -> int:
+def cached_bytes(situation: Situation) -> int:
     """What the keys and values of all prompts take, in all layers."""
     workload = situation.workload
     features = sum(width * depth for _, width, depth in workload.unet.transformers)
     return int(workload.images * workload.rows * LONGEST * 2 * features * situation.decided.width("unet"))
 
 
-def folded_bytes(situation: Any) -> int:
+def folded_bytes(situation: Situation) -> int:
     """What the weights of all layers take with all prompts folded into them."""
     workload = situation.workload
     features = sum(width * depth * workload.unet.heads[level] for level, width, depth in workload.unet.transformers)
     return int(workload.images * workload.rows * LONGEST * 2 * features * situation.decided.width("unet"))
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     value = situation.decided["prompt_cache"]
     if value == "off":
         return Footprint()
-    if value == "folded":
+    if value == FOLDED:
         return Footprint(kept=folded_bytes(situation), walk={"folded": True})
     return Footprint(kept=cached_bytes(situation))
 
 
 PASS = Pass(
     name="prompt_cache",
-    meaning="'cached': every layer's keys and values of the text are computed once a prompt; 'packed': by one product"
-    " for all layers; 'folded': and are multiplied into the weights around them; 'off': computed in every step",
+    meaning="what is computed once a prompt and kept for all steps: 'off'; 'keys and values' of every cross-attention"
+    " layer; 'packed keys and values', computed by one matrix product for all layers; 'folded into weights': the keys"
+    " and values are multiplied into the projections around them",
     off="off",
     devices=("cpu", "mps", "cuda"),
     elsewhere="",

@@ -12,8 +12,6 @@ Letters: B batch, N tokens, H heads, D features of a head, C = H·D channels.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,10 +25,11 @@ from russet.backends.blocks.transformer import (
 )
 from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
 from russet.backends.ops import flat_linear
+from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
 from russet.models.attention import padded_heads, padded_size
 from russet.models.transformer import Attention, BasicTransformerBlock
-from russet.passes.base import Changes, Footprint, Pass
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 from russet.passes.packed_projections import PackedLinears, packs
 
@@ -103,11 +102,14 @@ class FusedResiduals:
     """The sums of one transformer. copies: also those of self-attention, which need copies of weights."""
 
     def __init__(self, transformer: OptimizedTransformer2D, copies: bool) -> None:
-        last = transformer.transformer_blocks[-1].ff.last
-        self.bias = carried_bias(last, transformer.proj_out)
+        blocks = [block for block in transformer.transformer_blocks if isinstance(block, OptimizedTransformerBlock)]
+        feed_forward, proj_out = blocks[-1].ff, transformer.proj_out
+        assert isinstance(feed_forward, OptimizedFeedForward)
+        assert isinstance(proj_out, (nn.Linear, nn.Conv2d))
+        self.bias = carried_bias(feed_forward.last, proj_out)
         self._attention: dict[BasicTransformerBlock, ResidualAttention] = {}
-        for block in transformer.transformer_blocks if copies else ():
-            if packs(block.attn1) and block.attn1.to_out[0].bias is not None:
+        for block in blocks if copies else ():
+            if isinstance(block.attn1, OptimizedAttention) and packs(block.attn1):
                 self._attention[block] = ResidualAttention(block.attn1)
 
     def self_attention(self, block: BasicTransformerBlock) -> ResidualAttention | None:
@@ -121,25 +123,25 @@ def carried_bias(first: nn.Linear, second: nn.Linear | nn.Conv2d) -> Tensor:
     return carried.to(second.weight.dtype)
 
 
-def decide(situation: Any) -> tuple[str, str]:
+def decide(situation: Situation) -> tuple[str, str]:
     facts, decided = situation.facts, situation.decided
     if decided["offload"] == "sequential":
-        return "off", "layers come to the device one by one"
+        return "off", LAYER_BY_LAYER
     if bug := affected(facts, "gathered-operands"):
         return "off", f"on this macOS {bug.what}"
     size = copied_bytes(situation)
     if decided.width("unet") > 2:
-        return "without copies", f"one operation for two; in float32 copies of weights would take {size / 1e9:.2f} GB"
+        return "on", f"fewer kernels; in float32, {gigabytes(size)} for copies of weights would be too much"
     if size > facts.budget // LARGEST_SHARE:
-        return "without copies", f"one operation for two; copies of weights would take {size / 1e9:.2f} GB"
-    return "with copies", f"one operation for two; {size / 1e9:.2f} GB hold copies of weights for it"
+        return "on", f"fewer kernels; {gigabytes(size)} for copies of weights would be too much"
+    return "with weight copies", f"fewer kernels; copies of some weights take {gigabytes(size)}"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name != "unet":
         return
     optimize_blocks(network, changes)
-    copies, rows = plan["residual_fusion"] == "with copies", plan.unet_rows
+    copies, rows = choices["residual_fusion"] == "with weight copies", choices.rows
     for module in network.modules():
         if isinstance(module, OptimizedTransformer2D) and fuses(module):
             changes.set(module, "fused_residuals", FusedResiduals(module, copies))
@@ -157,7 +159,7 @@ def fuses(transformer: OptimizedTransformer2D) -> bool:
     )
 
 
-def copied_bytes(situation: Any, pad: tuple[int, ...] = ()) -> int:
+def copied_bytes(situation: Situation, pad: tuple[int, ...] = ()) -> int:
     """What copies of weights take: of self-attention's output with its bias, of padded heads, of shortcuts repeated."""
     workload, decided = situation.workload, situation.decided
     u, number = workload.unet, decided.width("unet")
@@ -176,19 +178,19 @@ def copied_bytes(situation: Any, pad: tuple[int, ...] = ()) -> int:
     return total
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     value = situation.decided["residual_fusion"]
-    copies = copied_bytes(situation, situation.decided.attention("unet").pad) if value == "with copies" else 0
+    copies = copied_bytes(situation, situation.decided.attention("unet").pad) if value == "with weight copies" else 0
     return Footprint(kept=copies, walk={"residual_fusion": value != "off"})
 
 
 PASS = Pass(
     name="residual_fusion",
-    meaning="'off'; 'without copies': the UNet's sums with a product are part of it; 'with copies': also those that"
-    " need copies of weights",
+    meaning="'off'; 'on': the UNet's residual sums and biases are part of matrix products (addmm); 'with weight"
+    " copies': also those that need a copy of some weights",
     off="off",
     devices=("mps",),
-    elsewhere="norms take the sums in, or there are no launches to save",
+    elsewhere="the norm kernels compute the sums on CUDA, and a CPU saves nothing with fewer kernels",
     decide=decide,
     apply=apply,
     footprint=footprint,

@@ -6,15 +6,13 @@ they serve both halves of classifier-free guidance.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-from russet.passes.base import Changes, Pass
+from russet.passes.base import Changes, Choices, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
 
-def decide(situation: Any) -> tuple[bool, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     if situation.workload.rows < 2:
         return False, "there is one text for each picture"
     if situation.workload.unet.added:
@@ -22,7 +20,7 @@ def decide(situation: Any) -> tuple[bool, str]:
     return True, "what comes before the first layer that attends to the text is the same for both halves of guidance"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name == "unet":
         optimize_blocks(network, changes)
 

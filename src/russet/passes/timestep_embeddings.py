@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from russet.backends.blocks.inputs import TimeShifts
 from russet.backends.blocks.unet import OptimizedUNet
-from russet.passes.base import Changes, Footprint, Pass
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
 AT_ONCE = 50  # times that are computed at once; Stable Diffusion 1.5's take 2 MB in half precision
@@ -37,37 +36,37 @@ class TimestepCache:
         return self._made[t]
 
 
-def decide(situation: Any) -> tuple[str, str]:
+def decide(situation: Situation) -> tuple[str, str]:
     if situation.decided["offload"] == "sequential":
-        return "each step", "layers come to the device one by one"
+        return "per call", LAYER_BY_LAYER
     if situation.workload.unet.added:
-        return "each step", "this UNet adds the text and the picture's size to the time, which differ from row to row"
-    return "precomputed", "what the time adds in each block is the same for every picture and text"
+        return "per call", "this UNet adds the pooled text and the picture's size to them, which differ from row to row"
+    return "precomputed", "they depend on the timestep alone, and not on the image or the prompt"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name == "unet":
         optimize_blocks(network, changes)
 
 
-def precomputed_bytes(situation: Any) -> int:
+def precomputed_bytes(situation: Situation) -> int:
     """An embedding, and a number for each channel of each residual block, for the times that are computed at once."""
     u = situation.workload.unet
     outputs = sum(u.channels[level] for level, _, _ in u.blocks)
     return int(AT_ONCE * (4 * u.channels[0] + outputs) * situation.decided.width("unet"))
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     precomputed = situation.decided["timestep_embeddings"] == "precomputed"
     return Footprint(kept=precomputed_bytes(situation) if precomputed else 0)
 
 
 PASS = Pass(
     name="timestep_embeddings",
-    meaning="'precomputed': what the UNet makes of the times of a run is computed once; or 'each step'",
-    off="each step",
+    meaning="'precomputed' for all steps of a run before its first, or 'per call'",
+    off="per call",
     devices=("mps",),
-    elsewhere="launching so little more takes no time here",
+    elsewhere="a few more small kernels take no time on this device",
     decide=decide,
     apply=apply,
     footprint=footprint,

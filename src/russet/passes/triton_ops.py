@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from russet.backends.blocks.transformer import OptimizedGEGLU
 from russet.models.transformer import GEGLU
-from russet.passes.base import Changes, Footprint, Pass
+from russet.passes.base import Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import OPTIMIZED, optimize_blocks
 
 
-def decide(situation: Any) -> tuple[str, str]:
+def decide(situation: Situation) -> tuple[str, str]:
     if situation.facts.triton:
-        return "triton", "each of these operations is limited by memory, and one kernel reads and writes it once"
-    return "eager", "Triton is not there, or no C compiler for it"
+        return "triton", "memory limits norms and activations, and a fused kernel reads and writes each value once"
+    return "eager", "Triton, or a C compiler for it, is not installed"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
-    from russet.backends.triton.layers import TritonGEGLU  # Triton is there where the plan chose it
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
+    from russet.backends.triton.layers import TritonGEGLU  # Triton is installed where the plan chose it
     from russet.backends.triton.ops import TritonOps
 
-    if name not in ("unet", "vae") or plan["offload"] == "sequential":
+    if name not in ("unet", "vae") or choices["offload"] == "sequential":
         return
     optimize_blocks(network, changes)
     ops = TritonOps()
@@ -33,17 +31,17 @@ def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
             changes.set_class(module, TritonGEGLU)
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     used = situation.decided["ops"] == "triton" and situation.decided["offload"] != "sequential"
     return Footprint(walk={"in_place_norms": used})
 
 
 PASS = Pass(
     name="ops",
-    meaning="'eager': PyTorch's own operations; 'triton': norms, activations and sums of UNet and VAE by fused kernels",
+    meaning="'eager': norms, activations and sums of UNet and VAE are PyTorch's operations; 'triton': fused kernels",
     off="eager",
     devices=("cuda",),
-    elsewhere="there are no kernels of ours for this device",
+    elsewhere="Russet's Triton kernels do not run on this device",
     decide=decide,
     apply=apply,
     footprint=footprint,

@@ -5,45 +5,45 @@ Four ninths of the multiplications are left, and the enlarged map is never made.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.models.resnet import Upsample2D
-from russet.passes.base import Changes, Footprint, Pass, untouched
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.passes.blocks import is_ours
 
 
-def decide(situation: Any) -> tuple[bool, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     facts, decided = situation.facts, situation.decided
     if not facts.triton:
-        return False, "Triton is not there, or no C compiler for it, which would make the weights"
+        return False, "Triton, or a C compiler for it, is not installed"
     if decided["offload"] == "sequential":
-        return False, "layers come to the device one by one"
+        return False, LAYER_BY_LAYER
     if max(decided.width("unet"), decided.width("vae")) > 2:
-        return False, "in float32 cuDNN is not always quicker with a transposed convolution, and takes more memory"
-    return True, "four ninths of the multiplications, and the enlarged map is never made"
+        return False, "in float32 a transposed convolution of cuDNN is not always faster, and takes more memory"
+    return True, "it needs four ninths of the multiplications, and the upsampled map is never written to memory"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
-    from russet.backends.triton.layers import TransposedUpsample  # Triton is there where the plan chose it
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
+    from russet.backends.triton.layers import TransposedUpsample  # Triton is installed where the plan chose it
 
     if name in ("unet", "vae"):
         for module in network.modules():
-            if type(module) in (Upsample2D, OptimizedUpsample) and untouched(module.conv):
+            if type(module) in (Upsample2D, OptimizedUpsample) and is_ours(module):
                 changes.set_class(module, TransposedUpsample)
 
 
-def footprint(situation: Any) -> Footprint:
+def footprint(situation: Situation) -> Footprint:
     return Footprint(walk={"transposed": situation.decided["upsample_fusion"]})
 
 
 PASS = Pass(
     name="upsample_fusion",
-    meaning="True: large maps are enlarged and convolved by one transposed convolution, with sums of the weights",
+    meaning="True: nearest-neighbour upsampling and the 3×3 convolution after it are one transposed convolution for"
+    " large feature maps",
     off=False,
     devices=("cuda",),
-    elsewhere="there are no kernels of ours for this device",
+    elsewhere="Russet's Triton kernels do not run on this device",
     decide=decide,
     apply=apply,
     footprint=footprint,

@@ -2,45 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.backends.cpu.convolution import CpuConv2d, WinogradUpsample
-from russet.backends.ops import hooked
 from russet.models.resnet import Upsample2D
-from russet.passes.base import Changes, Footprint, Pass, swap_layers, untouched
+from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, swap_layers
+from russet.passes.blocks import is_ours
 
 
-def decide(situation: Any) -> tuple[str, str]:
+def decide(situation: Situation) -> tuple[bool, str]:
     decided = situation.decided
     if "float32" not in (decided.dtype("unet"), decided.dtype("vae")):
-        return "direct", "in half precision more than the last digits would change"
-    return "winograd", "a quarter of the multiplications; only the last digits of float32 change"
+        return False, "in half precision it would change more than the last digits"
+    return True, "it needs a quarter of the multiplications, and changes only the last digits of float32"
 
 
-def apply(network: nn.Module, name: str, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name not in ("unet", "vae"):
         return
     swap_layers(network, {nn.Conv2d: CpuConv2d}, changes)
     for module in network.modules():
         if type(module) is CpuConv2d:
             changes.set(module, "by_winograd", True)
-        elif type(module) in (Upsample2D, OptimizedUpsample) and not hooked(module) and untouched(module.conv):
+        elif type(module) in (Upsample2D, OptimizedUpsample) and is_ours(module):
             changes.set_class(module, WinogradUpsample)
 
 
-def footprint(situation: Any) -> Footprint:
-    return Footprint(walk={"winograd": situation.decided["convolutions"] == "winograd"})
+def footprint(situation: Situation) -> Footprint:
+    return Footprint(walk={"winograd": situation.decided["winograd"]})
 
 
 PASS = Pass(
-    name="convolutions",
-    meaning="'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
-    off="direct",
+    name="winograd",
+    meaning="True: 3×3 convolutions of UNet and VAE in float32 use Winograd's algorithm where it is faster",
+    off=False,
     devices=("cpu",),
-    elsewhere="a GPU multiplies faster than it would bring maps to and fro",
+    elsewhere="a GPU multiplies faster than it would transform feature maps",
     decide=decide,
     apply=apply,
     footprint=footprint,

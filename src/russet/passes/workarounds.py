@@ -5,6 +5,7 @@ These are no optimisations: they hold with ``disable_fast_paths()`` too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,20 +23,28 @@ from russet.backends.layers import (
 from russet.models.embeddings import TimestepEmbedding
 from russet.models.resnet import ResnetBlock2D
 from russet.models.transformer import GEGLU, TokenProjection
-from russet.passes.base import Changes, swap_layers
+from russet.passes.base import Changes, Choices, swap_layers
+
+OFF: Mapping[str, Any] = {
+    "group_norm": "native",
+    "layer_norm": "native",
+    "duplicate_single_rows": False,
+    "flatten_linear_inputs": False,
+    "float32_gelu": False,
+}
 
 
-def apply(network: nn.Module, plan: Any, changes: Changes) -> None:
+def apply(network: nn.Module, choices: Choices, changes: Changes) -> None:
     """Swaps what the plan's decisions on layers ask for."""
-    if plan["group_norm"] == "composed":
+    if choices["group_norm"] == "composed":
         swap_layers(network, {nn.GroupNorm: ComposedGroupNorm}, changes)
-    if plan["layer_norm"] == "float32":
+    if choices["layer_norm"] == "float32":
         swap_layers(network, {nn.LayerNorm: Float32LayerNorm}, changes)
-    if plan["single_rows"] == "paired":
+    if choices["duplicate_single_rows"]:
         pair(network, changes)
-    if plan["linear_inputs"] == "flat":
+    if choices["flatten_linear_inputs"]:
         swap_layers(network, {nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
-    if plan["gelu"] == "float32":
+    if choices["float32_gelu"]:
         swap_layers(network, {GEGLU: Float32GEGLU}, changes)
         for module in network.modules():
             if vars(module).get("act") is F.gelu:

@@ -68,6 +68,8 @@ def machine_decisions(facts: Facts, request: Request) -> list[Decision]:
         group_norm(facts),
         layer_norm(facts),
         flatten_linear_inputs(facts),
+        duplicate_single_rows(facts),
+        float32_gelu(facts),
         memory_format(facts, request),
         finite_checks(facts),
         size_multiple(facts),
@@ -97,6 +99,18 @@ def flatten_linear_inputs(facts: Facts) -> Decision:
     if bug := affected(facts, "batched-linear") or affected(facts, "batched-linear-m5"):
         return Decision("flatten_linear_inputs", True, f"in this PyTorch {bug.what}")
     return Decision("flatten_linear_inputs", False, "linear layers compute batches correctly here")
+
+
+def duplicate_single_rows(facts: Facts) -> Decision:
+    if bug := affected(facts, "dropped-bias"):
+        return Decision("duplicate_single_rows", True, f"on this macOS {bug.what}")
+    return Decision("duplicate_single_rows", False, "linear layers compute single vectors correctly here")
+
+
+def float32_gelu(facts: Facts) -> Decision:
+    if bug := affected(facts, "half-gelu"):
+        return Decision("float32_gelu", True, f"in this PyTorch {bug.what}")
+    return Decision("float32_gelu", False, "PyTorch's kernel takes every dtype here")
 
 
 def memory_format(facts: Facts, request: Request) -> Decision:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from russet.hardware.facts import Facts
+from russet.passes import PASSES
+from russet.passes.base import Situation
 from russet.planning.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.planning.calls import tile_latents, unet_rows
 from russet.planning.parameters import counts, largest_layers
-from russet.planning.plan_types import TEXT, AttentionChoice, Decisions
-from russet.planning.prepared import precomputed_bytes, prompt_kv_bytes
+from russet.planning.plan_types import TEXT, AttentionChoice, Decisions, Request
 from russet.planning.workload import TransformerSizes, UNetSizes, VAESizes, Workload
 
 __all__ = ["Estimate", "TransformerSizes", "UNetSizes", "VAESizes", "Workload", "predict", "resident"]
@@ -46,23 +49,20 @@ class Estimate:
         return {phase.name: phase for phase in self.phases}[name]
 
 
-def predict(workload: Workload, found: Decisions) -> Estimate:
+def predict(facts: Facts, workload: Workload, request: Request, found: Decisions) -> Estimate:
     """The estimate for one way of doing the work."""
-    needs = phase_activations(workload, found)
+    footprints = {one.name: one.footprint(Situation(facts, workload, request, found)) for one in PASSES}
+    needs = phase_activations(workload, found, {k: v for one in footprints.values() for k, v in one.walk.items()})
     weights = resident(workload, found, tuple(needs))
     kept = latent_bytes(workload) + (CUDA_LIBRARIES if on_cuda(found) else 0)
     pictures = workload.images * 3 * workload.width * workload.height * 4
-    beside = {"encode": 2 * pictures, "decode": pictures + recorded(workload, found), "check": 2 * pictures}
-    beside["denoise"] = recorded(workload, found) + precomputed_bytes(workload, found, unet_rows(workload, found))
+    recorded = footprints["cuda_graphs"].kept if "cuda_graphs" in footprints else 0  # it stays after the run
+    beside = {"encode": 2 * pictures, "decode": pictures + recorded, "check": 2 * pictures}
+    beside["denoise"] = sum(one.kept for one in footprints.values())
     needs["decode"] = max(needs["decode"], pictures)  # those of all parts are joined when the last part is done
     return Estimate(
         tuple(Phase(name, weights[name], needed, kept + beside.get(name, 0)) for name, needed in needs.items())
     )
-
-
-def recorded(workload: Workload, found: Decisions) -> int:
-    """What recorded calls hold for good: their own copy of the text's keys and values."""
-    return prompt_kv_bytes(workload, found) if found["cuda_graphs"] and found["prompt_cache"] != "off" else 0
 
 
 def on_cuda(found: Decisions) -> bool:
@@ -70,8 +70,8 @@ def on_cuda(found: Decisions) -> bool:
     return bool(found["offload_target"] == "cpu")
 
 
-def phase_activations(workload: Workload, found: Decisions) -> dict[str, int]:
-    """Peak activation bytes of each phase, in the order they happen."""
+def phase_activations(workload: Workload, found: Decisions, walk: Mapping[str, Any]) -> dict[str, int]:
+    """Peak activation bytes of each phase, in the order they happen; ``walk`` is what passes say of ``Arithmetic``."""
 
     def how(component: str) -> Arithmetic:
         attention = AttentionChoice() if component == "safety_checker" else found.attention(component)
@@ -80,12 +80,7 @@ def phase_activations(workload: Workload, found: Decisions) -> dict[str, int]:
             attention=attention,
             composed=found["group_norm"] == "composed",
             reordered=reordered(found),
-            winograd=found["winograd"] and found.dtype(component) == "float32",
-            reuses=found["ops"] == "triton" and found.offload != "sequential",
-            transposed=found["upsample_fusion"],
-            gated=found["fused_geglu"],
-            summed=found["residual_fusion"] != "off",
-            absorbed=found["prompt_cache"] == "folded into weights",
+            **walk,
         )
 
     needs = {}

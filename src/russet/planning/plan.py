@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from russet.errors import DoesNotFit
-from russet.hardware.facts import Facts
+from russet.hardware.facts import Facts, gigabytes
 from russet.planning.memory import Estimate, Workload
 from russet.planning.plan_types import (
     MEANING,
@@ -23,7 +23,6 @@ from russet.planning.plan_types import (
     Request,
     Tile,
     format_value,
-    gigabytes,
 )
 from russet.planning.strategies import best, largest_fit, least_peak
 

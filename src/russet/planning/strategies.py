@@ -7,14 +7,14 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from russet.hardware.facts import Facts
+from russet.hardware.facts import Facts, gigabytes
 from russet.planning.attention_choice import LEAST_ROOM, Caps, choose_attention, slicing_asked
 from russet.planning.calls import attention_calls, largest_tensors
 from russet.planning.device_defaults import dtype_decisions, machine_decisions, offload_target
 from russet.planning.fast_paths import fast_paths
 from russet.planning.memory import Estimate, predict, resident
 from russet.planning.parameters import counts
-from russet.planning.plan_types import SMALL_TILE, TILE, Decision, Decisions, Request, Tile, gigabytes, resolve
+from russet.planning.plan_types import SMALL_TILE, TILE, Decision, Decisions, Request, Tile, resolve
 from russet.planning.workload import Workload
 
 UNET_BATCH = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet call: enough to keep the device busy
@@ -70,7 +70,7 @@ def evaluated(
             continue
         seen.add(held)
         found = decide(facts, workload, request, strategy, reason)
-        estimate = predict(workload, found)
+        estimate = predict(facts, workload, request, found)
         yield found, estimate
         reason = f"otherwise {gigabytes(estimate.peak)} would be needed, and {gigabytes(facts.budget)} are free"
 
@@ -144,7 +144,7 @@ def decide(facts: Facts, workload: Workload, request: Request, strategy: Strateg
             *machine_decisions(facts, request),
         )
     )
-    found = found.extended(fast_paths(facts, workload, request, found))
+    found = fast_paths(facts, workload, request, found)
     return found.extended(attention_decisions(facts, workload, request, found))
 
 

@@ -67,8 +67,9 @@ class WinogradUpsample(OptimizedUpsample):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         size = (2 * x.shape[2], 2 * x.shape[3]) if size is None else size
         doubles, conv = size == (2 * x.shape[2], 2 * x.shape[3]), self.conv
-        usable = isinstance(conv, CpuConv2d) and not torch.is_grad_enabled() and onednn.takes(x, conv.weight)
-        if doubles and usable and conv.filters(x, *size):
+        if torch.is_grad_enabled() or not doubles or not isinstance(conv, CpuConv2d):
+            return super().forward(x, size)
+        if onednn.takes(x, conv.weight) and conv.filters(x, *size):
             return winograd.convolved(x, conv.weight, None if conv.bias is None else conv.bias[None], doubled=True)
         return super().forward(x, size)
 
