@@ -50,7 +50,7 @@ OFF: Mapping[str, Any] = {**workarounds.OFF, **{one.name: one.off for one in PAS
 
 def apply(network: nn.Module, name: str, choices: Choices) -> Changes:
     """Changes the network of a component as was decided; ``undo()`` of what is returned restores it exactly."""
-    changes = Changes()
+    changes = Changes(network)
     try:
         workarounds.apply(network, choices, changes)
         for one in PASSES:

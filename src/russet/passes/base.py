@@ -9,7 +9,7 @@ passes are applied; gradients are computed by the plain ``forward``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,9 +51,16 @@ LAYER_BY_LAYER = "with sequential offload, layers are on the device one at a tim
 
 
 class Changes:
-    """What passes have changed in a network, in order, so that it can be undone."""
+    """What passes have changed in a network, in order, so that it can be undone.
 
-    def __init__(self) -> None:
+    Attributes:
+        modules: the network and all beneath it, each once, as they are when passes are applied.
+        blocks_optimized: whether ``optimize_blocks`` has been here.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.modules = tuple(every_module(network))
+        self.blocks_optimized = False
         self._undo: list[Callable[[], object]] = []
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
@@ -77,23 +84,33 @@ class Changes:
             self._undo.pop()()
 
 
+def every_module(network: nn.Module) -> Iterator[nn.Module]:
+    """The network and all beneath it, each once; several times faster than ``network.modules()``."""
+    seen, left = {network}, [network]
+    while left:
+        module = left.pop()
+        yield module
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                left.append(child)
+
+
 def untouched(layer: nn.Module | None) -> bool:
     """Whether a layer is nothing but its weights: of a known class, with no hooks; an absent layer is, too."""
     return layer is None or (type(layer) in OWN and not hooked(layer))
 
 
-def all_untouched(layers: Iterable[nn.Module | None]) -> bool:
-    return all(untouched(layer) for layer in layers)
+def holds_untouched(block: nn.Module) -> bool:
+    """Whether no hook watches a block, and its layers are untouched."""
+    return not hooked(block) and all(map(untouched, block.children()))
 
 
-def swap_layers(
-    network: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes
-) -> list[nn.Module]:
-    """Gives every untouched layer of one class the other class; returns those that changed."""
-    swapped = [m for m in network.modules() if type(m) in classes and not hooked(m)]
-    for module in swapped:
-        changes.set_class(module, classes[type(module)])
-    return swapped
+def swap_layers(classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes) -> None:
+    """Gives every untouched layer of one class the other class."""
+    for module in changes.modules:
+        if type(module) in classes and not hooked(module):
+            changes.set_class(module, classes[type(module)])
 
 
 class Situation(NamedTuple):

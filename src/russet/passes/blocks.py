@@ -43,17 +43,33 @@ KNOWN = {*OWN, *OPTIMIZED, *OPTIMIZED.values(), nn.ModuleList, nn.Sequential}
 
 def optimize_blocks(network: nn.Module, changes: Changes) -> None:
     """Gives every block that is as Russet made it its optimized class; does nothing the second time."""
-    for module in [m for m in network.modules() if type(m) in OPTIMIZED]:
-        if is_ours(module):
-            changes.set_class(module, OPTIMIZED[type(module)])
+    if not changes.blocks_optimized:
+        changes.blocks_optimized = True
+        _optimize(network, changes)
 
 
-def is_ours(block: nn.Module) -> bool:
-    """Whether nobody watches a block, nor has put anything else in place of what it computes with."""
+def _optimize(module: nn.Module, changes: Changes) -> tuple[bool, bool]:
+    """Whether a module with all beneath it is as Russet made it, and whether no hook watches any of them."""
+    known, watched, cls = type(module) in KNOWN, hooked(module), type(module)
+    unhooked = not watched
+    for child in module._modules.values():
+        if child is not None:
+            child_known, child_unhooked = _optimize(child, changes)
+            known, unhooked = known and child_known, unhooked and child_unhooked
+    if cls in OPTIMIZED and is_ours(module, known and unhooked, unhooked):
+        changes.set_class(module, OPTIMIZED[cls])
+    return known, unhooked
+
+
+def is_ours(block: nn.Module, whole: bool, unhooked: bool) -> bool:
+    """Whether nobody watches a block, nor has put anything else in place of what it computes with.
+
+    whole: nothing beneath it was changed. unhooked: no hook watches any of it.
+    """
     if isinstance(block, (UNet2DConditionModel, Encoder)):  # they call what they hold, whatever it is
         return True
     if isinstance(block, Transformer2DModel):
         return not hooked(block) and all(untouched(layer) for layer in (block.norm, block.proj_in, block.proj_out))
     if isinstance(block, Decoder):  # a layer's output is overwritten by the next one
-        return not any(hooked(module) for module in block.modules())
-    return all(type(module) in KNOWN and not hooked(module) for module in block.modules())
+        return unhooked
+    return whole

@@ -26,7 +26,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     from russet.backends.triton.layers import FusedGEGLU, TritonGEGLU  # Triton is installed where the plan chose it
 
     if name == "unet":
-        for module in network.modules():
+        for module in changes.modules:
             if type(module) in (GEGLU, OptimizedGEGLU, TritonGEGLU) and all(map(untouched, module.children())):
                 changes.set_class(module, FusedGEGLU)
 

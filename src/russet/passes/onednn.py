@@ -19,10 +19,10 @@ def decide(situation: Situation) -> tuple[bool, str]:
 
 
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
-    swap_layers(network, {nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
+    swap_layers({nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
     if name in ("unet", "vae"):
-        swap_layers(network, {nn.Conv2d: CpuConv2d}, changes)
-        for module in network.modules():
+        swap_layers({nn.Conv2d: CpuConv2d}, changes)
+        for module in changes.modules:
             if type(module) is CpuConv2d:
                 changes.set(module, "by_onednn", True)
 

@@ -43,17 +43,15 @@ class Packed:
 
 def packed_already(parts: Sequence[Tensor], rows: int) -> Tensor | None:
     """The tensor of so many rows that the parts, one after another, are all views of; None where they are not."""
-    first, place = parts[0], 0
+    first = parts[0]
     numbers = rows * first[0].numel() if first.ndim > 1 else rows
-    storage = first.untyped_storage()
-    if storage.nbytes() != numbers * first.element_size():
+    address, size = first.untyped_storage().data_ptr(), first.element_size()
+    if first.untyped_storage().nbytes() != numbers * size or not all(part.is_contiguous() for part in parts):
         return None
-    for part in parts:
-        if part.untyped_storage()._cdata != storage._cdata or part.storage_offset() != place:
+    for part in parts:  # addresses within one piece of memory: nobody else's can lie between them
+        if part.data_ptr() != address:
             return None
-        if not part.is_contiguous():
-            return None
-        place += part.numel()
+        address += part.numel() * size
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride(), 0)
 
 
@@ -96,11 +94,11 @@ def decide(situation: Situation) -> tuple[bool, str]:
 
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     optimize_blocks(network, changes)
-    for module in network.modules():
+    for module in changes.modules:
         if isinstance(module, OptimizedAttention) and packs(module):
             changes.set(module, "packed", PackedLinears([module.to_q, module.to_k, module.to_v], spare=ONES))
     if isinstance(network, OptimizedUNet):
-        blocks = [block for block in network.modules() if isinstance(block, OptimizedResnet) and adds_time(block)]
+        blocks = [block for block in changes.modules if isinstance(block, OptimizedResnet) and adds_time(block)]
         if blocks:
             changes.set(network, "packed_time", PackedTimeProjections(blocks))
 

@@ -28,7 +28,7 @@ from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
 from russet.models.attention import is_fused, padded_heads
 from russet.models.transformer import Attention
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, every_module
 from russet.passes.blocks import optimize_blocks
 from russet.passes.packed_projections import PackedLinears
 
@@ -133,7 +133,7 @@ def as_heads(layer: Attention, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
 
 def text_layers(unet: nn.Module) -> list[OptimizedAttention]:
     """The layers that attend to the text, those that somebody has changed left out."""
-    return [m for m in unet.modules() if isinstance(m, OptimizedAttention) and m.is_cross_attention]
+    return [m for m in every_module(unet) if isinstance(m, OptimizedAttention) and m.is_cross_attention]
 
 
 def cached_prompt(unet: nn.Module, context: Tensor, value: str) -> Context | Tensor:

@@ -142,7 +142,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     optimize_blocks(network, changes)
     copies, rows = choices["residual_fusion"] == "with weight copies", choices.rows
-    for module in network.modules():
+    for module in changes.modules:
         if isinstance(module, OptimizedTransformer2D) and fuses(module):
             changes.set(module, "fused_residuals", FusedResiduals(module, copies))
         if copies and isinstance(module, OptimizedResnet) and module.conv_shortcut is not None:

@@ -24,7 +24,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     optimize_blocks(network, changes)
     ops = TritonOps()
-    for module in network.modules():
+    for module in changes.modules:
         if isinstance(module, tuple(OPTIMIZED.values())) and hasattr(module, "ops"):
             changes.set(module, "ops", ops)
         if type(module) in (GEGLU, OptimizedGEGLU):

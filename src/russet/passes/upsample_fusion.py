@@ -10,7 +10,6 @@ from torch import nn
 from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.models.resnet import Upsample2D
 from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
-from russet.passes.blocks import is_ours
 
 
 def decide(situation: Situation) -> tuple[bool, str]:
@@ -28,8 +27,12 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     from russet.backends.triton.layers import TransposedUpsample  # Triton is installed where the plan chose it
 
     if name in ("unet", "vae"):
-        for module in network.modules():
-            if type(module) in (Upsample2D, OptimizedUpsample) and is_ours(module):
+        for module in changes.modules:
+            if (
+                type(module) in (Upsample2D, OptimizedUpsample)
+                and not hooked(module)
+                and all(map(untouched, module.children()))
+            ):
                 changes.set_class(module, TransposedUpsample)
 
 

@@ -8,7 +8,6 @@ from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.backends.cpu.convolution import CpuConv2d, WinogradUpsample
 from russet.models.resnet import Upsample2D
 from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, swap_layers
-from russet.passes.blocks import is_ours
 
 
 def decide(situation: Situation) -> tuple[bool, str]:
@@ -21,11 +20,15 @@ def decide(situation: Situation) -> tuple[bool, str]:
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name not in ("unet", "vae"):
         return
-    swap_layers(network, {nn.Conv2d: CpuConv2d}, changes)
-    for module in network.modules():
+    swap_layers({nn.Conv2d: CpuConv2d}, changes)
+    for module in changes.modules:
         if type(module) is CpuConv2d:
             changes.set(module, "by_winograd", True)
-        elif type(module) in (Upsample2D, OptimizedUpsample) and is_ours(module):
+        elif (
+            type(module) in (Upsample2D, OptimizedUpsample)
+            and not hooked(module)
+            and all(map(untouched, module.children()))
+        ):
             changes.set_class(module, WinogradUpsample)
 
 

@@ -20,6 +20,7 @@ from russet.backends.layers import (
     PairedLinear,
     float32_gelu,
 )
+from russet.backends.ops import hooked
 from russet.models.embeddings import TimestepEmbedding
 from russet.models.resnet import ResnetBlock2D
 from russet.models.transformer import GEGLU, TokenProjection
@@ -37,24 +38,24 @@ OFF: Mapping[str, Any] = {
 def apply(network: nn.Module, choices: Choices, changes: Changes) -> None:
     """Swaps what the plan's decisions on layers ask for."""
     if choices["group_norm"] == "composed":
-        swap_layers(network, {nn.GroupNorm: ComposedGroupNorm}, changes)
+        swap_layers({nn.GroupNorm: ComposedGroupNorm}, changes)
     if choices["layer_norm"] == "float32":
-        swap_layers(network, {nn.LayerNorm: Float32LayerNorm}, changes)
+        swap_layers({nn.LayerNorm: Float32LayerNorm}, changes)
     if choices["duplicate_single_rows"]:
-        pair(network, changes)
+        pair(changes)
     if choices["flatten_linear_inputs"]:
-        swap_layers(network, {nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
+        swap_layers({nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
     if choices["float32_gelu"]:
-        swap_layers(network, {GEGLU: Float32GEGLU}, changes)
-        for module in network.modules():
+        swap_layers({GEGLU: Float32GEGLU}, changes)
+        for module in changes.modules:
             if vars(module).get("act") is F.gelu:
                 changes.set(module, "act", float32_gelu)
 
 
-def pair(network: nn.Module, changes: Changes) -> None:
+def pair(changes: Changes) -> None:
     """Linear layers that can see a single vector: those of the time."""
-    for module in network.modules():
+    for module in changes.modules:
         if isinstance(module, (TimestepEmbedding, ResnetBlock2D)):
             for layer in module.children():
-                if type(layer) is nn.Linear:
+                if type(layer) is nn.Linear and not hooked(layer):
                     changes.set_class(layer, PairedLinear)
