@@ -28,11 +28,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 
     if name in ("unet", "vae"):
         for module in changes.modules:
-            if (
-                type(module) in (Upsample2D, OptimizedUpsample)
-                and not hooked(module)
-                and all(map(untouched, module.children()))
-            ):
+            if type(module) in (Upsample2D, OptimizedUpsample) and holds_untouched(module):
                 changes.set_class(module, TransposedUpsample)
 
 

@@ -24,11 +24,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     for module in changes.modules:
         if type(module) is CpuConv2d:
             changes.set(module, "by_winograd", True)
-        elif (
-            type(module) in (Upsample2D, OptimizedUpsample)
-            and not hooked(module)
-            and all(map(untouched, module.children()))
-        ):
+        elif type(module) in (Upsample2D, OptimizedUpsample) and holds_untouched(module):
             changes.set_class(module, WinogradUpsample)
 
 
