@@ -17,7 +17,7 @@ SOURCE = Path(russet.__file__).parent
 LIGHT = {"errors"}
 FILES = LIGHT | {"smallfiles"}
 CONFIGURED = FILES | {"config", "component"}
-PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "image_processor"}
+PARTS = {"models", "schedulers", "tokenizer", "tokenizer_files", "tokenizer_head", "image_processor"}
 WINOGRAD = {"winograd", "winograd_sizes"}
 PRODUCTS = {"products_triton", "product_sizes"}
 DOUBLING = {"doubling_triton", "doubling_sizes"}
@@ -64,7 +64,8 @@ ALLOWED = {
     "images": FILES,
     "metadata": LIGHT,
     "tokenizer_files": FILES,
-    "tokenizer": CONFIGURED | {"tokenizer_files"},
+    "tokenizer": CONFIGURED | {"tokenizer_files", "tokenizer_head"},
+    "tokenizer_head": set(),
     "image_processor": CONFIGURED,
     "models": CONFIGURED | {"attention", "elementwise", "onednn", "norm_sizes", "product_sizes"},
     "schedulers": CONFIGURED | {"arguments", "random_streams"},
