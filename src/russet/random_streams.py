@@ -138,7 +138,7 @@ class BrownianPath:
     def _descend(self, sigma: float) -> Tensor:
         place = (SPAN - 2 * math.log2(sigma)) / (2 * SPAN) * LEAVES
         low, high, node = 0, LEAVES, 1
-        w_low = torch.zeros(self.shape)
+        w_low = torch.zeros(self.shape, device="cpu")
         w_high = self._normal(0) * math.sqrt(clock(high) - clock(low))
         while high - low > 1:
             middle = (low + high) // 2
@@ -154,7 +154,8 @@ class BrownianPath:
 
     def _normal(self, node: int) -> Tensor:
         digest = hashlib.blake2b(repr((self.seed, node)).encode(), digest_size=8).digest()
-        return torch.randn(self.shape, generator=Generator().manual_seed(int.from_bytes(digest, "little")))
+        stream = Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+        return torch.randn(self.shape, generator=stream, device="cpu")
 
 
 def clock(leaf: int) -> float:

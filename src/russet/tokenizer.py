@@ -334,4 +334,4 @@ def added_token(token: str | Mapping[str, Any]) -> AddedToken:
 def tensor(rows: list[list[int]]) -> torch.Tensor:
     if len({len(row) for row in rows}) > 1:
         raise InputError("texts of different lengths make no tensor; pad them, or take return_tensors=None")
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")

@@ -30,5 +30,5 @@ def checked(
             sum(flags),
             len(flags),
         )
-    keep = torch.tensor(flags).logical_not().view(-1, 1, 1, 1)
+    keep = torch.tensor(flags, device="cpu").logical_not().view(-1, 1, 1, 1)
     return torch.where(keep, pixels, torch.full_like(pixels, BLACK)), flags

@@ -44,8 +44,8 @@ class Scheduler(Timetable):
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         super().__init__(config, **changes)
         self.betas, self.alphas_cumprod = self.table.betas, self.table.alphas_cumprod
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
-        self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0])
+        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu")
+        self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0], device="cpu")
         self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
         self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
@@ -81,8 +81,9 @@ class Scheduler(Timetable):
         arguments.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._plan = plan
-        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.int64 if self.whole else torch.float32).to(device)
-        self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma])
+        kind = torch.int64 if self.whole else torch.float32
+        self.timesteps = torch.tensor(plan.timesteps, dtype=kind, device="cpu").to(device)
+        self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma], device="cpu")
         self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
         self._forget()
 
@@ -195,10 +196,10 @@ class Scheduler(Timetable):
 
     def _sigmas(self, timesteps: Times, like: Tensor) -> Tensor:
         """The noise level of each timestep, [B or 1, 1, 1, 1]."""
-        values = torch.as_tensor(timesteps).flatten().tolist()
+        values = torch.as_tensor(timesteps, device=None if isinstance(timesteps, Tensor) else "cpu").flatten().tolist()
         if len(values) not in (1, len(like)):
             raise InputError(f"there are {len(values)} timesteps for a batch of {len(like)}: give one, or one for each")
-        sigmas = torch.tensor([self._sigma_of(t) for t in values])
+        sigmas = torch.tensor([self._sigma_of(t) for t in values], device="cpu")
         return sigmas.view(-1, *[1] * (like.dim() - 1)).to(like.device)
 
     def _sigma_of(self, t: float) -> float:
