@@ -113,5 +113,5 @@ def test_a_pipeline_that_is_loaded_where_mps_is_the_default_draws_on_the_cpu_and
             pipe = opened(tiny_folder)
             found = pipe("a horse", **FAST).images
         on_the_mac = pipe.to("mps", torch.float32)("a horse", **FAST).images
-    assert np.array_equal(found, expected)
+    assert psnr(found, expected) > 100
     assert psnr(on_the_mac, expected) > 60

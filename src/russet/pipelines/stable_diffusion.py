@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from russet import arguments
 from russet.devices.plan import Plan
@@ -52,7 +52,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler: the components.
-        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None.
+        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None. A
+            function in the checker's place is called as ``f(images=…, clip_input=…)`` and returns (images, flags).
     """
 
     parts: ClassVar = {
@@ -61,7 +62,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         "tokenizer": Part(CLIPTokenizer, optional=True),
         "unet": Part(UNet2DConditionModel),
         "scheduler": Part(Scheduler),
-        "safety_checker": Part(StableDiffusionSafetyChecker, optional=True),
+        "safety_checker": Part(StableDiffusionSafetyChecker, optional=True, callable=True),
         "feature_extractor": Part(CLIPImageProcessor, optional=True),
     }
 
@@ -70,7 +71,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
     tokenizer: CLIPTokenizer | None
     unet: UNet2DConditionModel
     scheduler: Scheduler
-    safety_checker: StableDiffusionSafetyChecker | None
+    safety_checker: StableDiffusionSafetyChecker | safety.Filter | None
     feature_extractor: CLIPImageProcessor | None
 
     def __init__(self, **components: Any) -> None:
@@ -81,7 +82,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.finite_in: torch.dtype | None = None  # what the UNet drew the last picture in, if no value overflowed
         self._previews = Previews()
         self.interrupt = False
-        if self.safety_checker is not None and self.feature_extractor is None:
+        if isinstance(self.known("safety_checker"), nn.Module) and self.feature_extractor is None:
             raise InputError("a safety_checker needs a feature_extractor, which prepares the pictures for it")
         if self.safety_checker is None and self.requires_safety_checker:
             log.warning("this pipeline has no safety checker: no picture is looked at before it is returned")
@@ -277,11 +278,19 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
             pixels, notes = rescue.decoded(self.vae, latents, plan)
-        if self.safety_checker is None or self.feature_extractor is None:
-            return pixels, None, notes
+        return *self.check(pixels, plan), notes
+
+    def check(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None]:
+        """Pixels [B, 3, H, W] as they may be shown, and one flag per picture; None where nothing looked at them."""
+        checker, processor = self.safety_checker, self.feature_extractor
+        if checker is None:
+            return pixels, None
+        if not isinstance(checker, nn.Module):
+            return safety.filtered(checker, processor, pixels, self.dtype)
+        if processor is None:
+            return pixels, None
         with self.at_work("safety_checker", plan):
-            pixels, flags = safety.checked(self.safety_checker, self.feature_extractor, pixels)
-        return pixels, flags, notes
+            return safety.checked(checker, processor, pixels)
 
     @torch.no_grad()
     def preview(self, latents: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
@@ -336,7 +345,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             unet=self.known("unet").config,
             vae=self.known("vae").config,
             text_encoder=None if text is None else text.config,
-            safety_checker=None if checker is None else checker.config,
+            safety_checker=checker.config if isinstance(checker, nn.Module) else None,
             height=height or geometry.sample[0] * geometry.factor,
             width=width or geometry.sample[1] * geometry.factor,
             images=images,
