@@ -51,19 +51,22 @@ class Previews:
         self, pipe: StableDiffusionPipeline, latents: Tensor, vae: Autoencoder | None = None
     ) -> list[Image.Image]:
         """What ``StableDiffusionPipeline.preview`` returns."""
-        check(latents, pipe.vae.config.latent_channels)
+        own = pipe.vae
+        check(latents, pipe.geometry.channels)
         latents = latents.float().masked_fill(~latents.isfinite(), 0.0)  # mps has nan_to_num from torch 2.0 on
         if vae is not None:
             return to_pil(engine.decode(vae, latents.to(vae.device), len(latents)))
-        if isinstance(pipe.vae, AutoencoderTiny):
+        if own is None:
+            raise InputError("this pipeline has no VAE, whose latents are to be shown: give one, preview(latents, vae)")
+        if isinstance(own, AutoencoderTiny):
             with pipe.at_work("vae", pipe.plan()):
-                return to_pil(engine.decode(pipe.vae, latents.to(pipe.device), len(latents)))
-        return to_pil(self._map(pipe)(engine.unscaled(pipe.vae, latents)))
+                return to_pil(engine.decode(own, latents.to(pipe.device), len(latents)))
+        return to_pil(self._map(pipe, own)(engine.unscaled(own, latents)))
 
-    def _map(self, pipe: StableDiffusionPipeline) -> LinearMap:
-        if self._fitted is None or self._fitted[0] is not pipe.vae:
+    def _map(self, pipe: StableDiffusionPipeline, own: Autoencoder) -> LinearMap:
+        if self._fitted is None or self._fitted[0] is not own:
             with pipe.at_work("vae", pipe.plan()):
-                self._fitted = pipe.vae, fitted(pipe.vae, pipe.device)
+                self._fitted = own, fitted(own, pipe.device)
         return self._fitted[1]
 
 

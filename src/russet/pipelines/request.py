@@ -24,7 +24,7 @@ class Geometry:
 
     sample: latents' default height and width. channels: of the latents. factor: pixels per latent along an edge.
     tokens: N of the conditioning. features: D of the conditioning. layers: of the text encoder.
-    reads_text: whether there is a text encoder. told_scale: whether the UNet was distilled to be told guidance's scale.
+    reads_text: whether there is a text encoder. decodes: whether there is a VAE. told_scale: whether the UNet was distilled to be told guidance's scale.
     """
 
     sample: tuple[int, int]
@@ -34,6 +34,7 @@ class Geometry:
     features: int
     layers: int
     reads_text: bool = True
+    decodes: bool = True
     told_scale: bool = False
 
 
@@ -99,6 +100,9 @@ class TextToImage:
         if latents is not None:
             shape = (count * each, geometry.channels, height // geometry.factor, width // geometry.factor)
             arguments.tensor("latents", latents, shape)
+        output_type = arguments.one_of("output_type", given["output_type"], OUTPUT_TYPES)
+        if output_type != "latent" and not geometry.decodes:
+            raise InputError('this pipeline has no VAE, which makes pictures of latents: give output_type="latent"')
         callback = given["callback_on_step_end"]
         return cls(
             prompts=prompts,
@@ -117,7 +121,7 @@ class TextToImage:
             generators=generators,
             seeds=seeds,
             latents=latents,
-            output_type=arguments.one_of("output_type", given["output_type"], OUTPUT_TYPES),
+            output_type=output_type,
             callback=None if callback is None else arguments.function("callback_on_step_end", callback),
             callback_tensors=read_callback_tensors(given["callback_on_step_end_tensor_inputs"]),
         )

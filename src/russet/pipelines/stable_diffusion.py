@@ -51,13 +51,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
     """Text to image with Stable Diffusion 1.x and 2.x (arXiv:2112.10752).
 
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler: the components.
+        vae, text_encoder, tokenizer, unet, scheduler: the components. Without a VAE latents come out, without a text
+            encoder or a tokenizer encoded prompts go in.
         safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None. A
             function in the checker's place is called as ``f(images=…, clip_input=…)`` and returns (images, flags).
     """
 
     parts: ClassVar = {
-        "vae": Part(AutoencoderKL, (AutoencoderTiny,)),
+        "vae": Part(AutoencoderKL, (AutoencoderTiny,), optional=True),
         "text_encoder": Part(CLIPTextModel, optional=True),
         "tokenizer": Part(CLIPTokenizer, optional=True),
         "unet": Part(UNet2DConditionModel),
@@ -66,7 +67,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         "feature_extractor": Part(CLIPImageProcessor, optional=True),
     }
 
-    vae: Autoencoder
+    vae: Autoencoder | None
     text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer | None
     unet: UNet2DConditionModel
@@ -270,19 +271,22 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with self.at_work("unet", plan):
             sampling.predict(start, schedule.timesteps[0])
         sampling.aim()  # nothing of that pass is kept
-        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
+        if self.vae is not None:
+            with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
+                engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
         self._primed = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
+        assert self.vae is not None
         with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
             pixels, notes = rescue.decoded(self.vae, latents, plan)
         return *self.check(pixels, plan), notes
 
     def check(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None]:
         """Pixels [B, 3, H, W] as they may be shown, and one flag per picture; None where nothing looked at them."""
-        checker, processor = self.safety_checker, self.feature_extractor
+        checker: Any = self.safety_checker
+        processor = self.feature_extractor
         if checker is None:
             return pixels, None
         if not isinstance(checker, nn.Module):
@@ -314,10 +318,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Raises:
             ConfigError: the components do not fit each other.
         """
-        unet, vae, text = self.known("unet").config, self.known("vae").config, self.known("text_encoder")
-        if unet.in_channels != vae.latent_channels:
+        unet, vae, text = self.known("unet").config, self.known("vae"), self.known("text_encoder")
+        if vae is not None and unet.in_channels != vae.config.latent_channels:
             raise ConfigError(
-                f"the UNet takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}: "
+                f"the UNet takes {unet.in_channels} channels and the VAE's latents have {vae.config.latent_channels}: "
                 "this is no text-to-image model (9 channels are for inpainting, 8 for editing by instruction)"
             )
         features = (
@@ -331,19 +335,21 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return Geometry(
             sample=(sample[0], sample[1]),
             channels=unet.in_channels,
-            factor=vae.pixels_per_latent,
+            factor=8 if vae is None else vae.config.pixels_per_latent,
             features=features,
             tokens=text.config.max_position_embeddings if text is not None else 77,
             layers=text.config.num_hidden_layers if text is not None else 1,
+            decodes=vae is not None,
             reads_text=text is not None and self.tokenizer is not None,
             told_scale=unet.time_cond_proj_dim is not None,
         )
 
     def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
-        geometry, text, checker = self.geometry, self.known("text_encoder"), self.known("safety_checker")
+        geometry = self.geometry
+        vae, text, checker = (self.known(name) for name in ("vae", "text_encoder", "safety_checker"))
         return Sizes.of(
             unet=self.known("unet").config,
-            vae=self.known("vae").config,
+            vae=None if vae is None else vae.config,
             text_encoder=None if text is None else text.config,
             safety_checker=checker.config if isinstance(checker, nn.Module) else None,
             height=height or geometry.sample[0] * geometry.factor,
