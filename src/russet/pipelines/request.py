@@ -24,7 +24,8 @@ class Geometry:
 
     sample: latents' default height and width. channels: of the latents. factor: pixels per latent along an edge.
     tokens: N of the conditioning. features: D of the conditioning. layers: of the text encoder.
-    reads_text: whether there is a text encoder. decodes: whether there is a VAE. told_scale: whether the UNet was distilled to be told guidance's scale.
+    reads_text: whether there is a text encoder. decodes: whether there is a VAE.
+    told_scale: whether the UNet was distilled to be told guidance's scale.
     """
 
     sample: tuple[int, int]
@@ -70,6 +71,11 @@ class TextToImage:
     def images(self) -> int:
         """B: how many pictures the call makes."""
         return self.prompt_count * self.images_per_prompt
+
+    @property
+    def own_streams(self) -> bool:
+        """Whether the noise does not come from generators that the caller gave."""
+        return self.seeds is not None or not self.generators
 
     @classmethod
     def of(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
@@ -127,7 +128,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             negative_prompt: what not to draw; one text for all, or one per prompt.
             num_images_per_prompt: pictures per prompt, at least 1.
             eta: 0..1, how much noise DDIM adds again in each step (arXiv:2010.02502, eq. 16).
-            generator: where the noise comes from, one ``torch.Generator`` for all pictures or a list with one each.
+            generator: where the noise comes from, one ``torch.Generator`` for all pictures or a list with one each; it
+                draws in the UNet's precision, as with Diffusers.
             latents: the starting noise itself, [B, C, h, w], standard normal.
             prompt_embeds, negative_prompt_embeds: encoded prompts [B, N, D] in place of texts.
             output_type: "pil", "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1) or "latent".
@@ -143,7 +145,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" and
                 "pred_original_sample" it gets. The last, the picture's latents as they are foreseen, is for previews.
             seed: one stream of noise per picture: a number (the second picture has ``seed + 1``, and so on), or one per
-                picture. The same seed gives the same picture on every device and in every batch.
+                picture, drawn in float32. The same seed gives the same picture on every device and in every batch.
 
         Raises:
             InputError: an argument is wrong, or Russet lacks it.
@@ -250,7 +252,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Noise → latents [B, C, h, w], and notes on what went otherwise than planned."""
         geometry = self.geometry
         shape = (request.images, geometry.channels, request.height // geometry.factor, request.width // geometry.factor)
-        noise = NoiseSource(request.generators, shape, self.device)
+        precision = torch.float32 if request.own_streams else placement.dtype_named(plan.dtype("unet"))
+        noise = NoiseSource(request.generators, shape, self.device, precision)
         start = noise() if request.latents is None else request.latents.to(self.device, torch.float32)
         self.interrupt = False
         self._guidance_scale = request.guidance.scale
@@ -259,7 +262,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if self.unprimed(plan):
             self.prime(sampling, schedule, start, plan)
         with self.at_work("unet", plan):
-            latents = sampling.from_noise(noise, start)
+            latents = sampling.from_noise(
+                dataclasses.replace(noise, dtype=self.scheduler.noise_dtype(precision)), start
+            )
         return latents, tuple(sampling.notes)
 
     def unprimed(self, plan: Plan) -> bool:
@@ -285,8 +290,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def check(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None]:
         """Pixels [B, 3, H, W] as they may be shown, and one flag per picture; None where nothing looked at them."""
-        checker: Any = self.safety_checker
-        processor = self.feature_extractor
+        checker, processor = self.safety_checker, self.feature_extractor
         if checker is None:
             return pixels, None
         if not isinstance(checker, nn.Module):
@@ -294,7 +298,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if processor is None:
             return pixels, None
         with self.at_work("safety_checker", plan):
-            return safety.checked(checker, processor, pixels)
+            return safety.checked(cast(StableDiffusionSafetyChecker, checker), processor, pixels)
 
     @torch.no_grad()
     def preview(self, latents: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
@@ -351,7 +355,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             unet=self.known("unet").config,
             vae=None if vae is None else vae.config,
             text_encoder=None if text is None else text.config,
-            safety_checker=checker.config if isinstance(checker, nn.Module) else None,
+            safety_checker=getattr(checker, "config", None),
             height=height or geometry.sample[0] * geometry.factor,
             width=width or geometry.sample[1] * geometry.factor,
             images=images,

@@ -40,6 +40,7 @@ class Scheduler(Timetable):
     """
 
     takes_variance_noise: ClassVar[bool] = False
+    noise_in_float32: ClassVar[bool] = False  # the steps' noise, whatever the model's precision; as Diffusers has it
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         super().__init__(config, **changes)
@@ -127,7 +128,7 @@ class Scheduler(Timetable):
         """
         sample = arguments.batch("sample", sample)
         output = arguments.batch("model_output", model_output, like=sample)
-        noise = self._noise(sample, generator, variance_noise)
+        noise = self._noise(sample, output.dtype, generator, variance_noise)
         (plan, call), options = self._locate(timestep), self.read_options(options, eta)
         if self._run is None:
             solver, border = self.solver(len(plan.points), **options), self.border(**options)
@@ -168,11 +169,16 @@ class Scheduler(Timetable):
                 return told[place]
         return float(np.float32(arguments.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
 
-    def _noise(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
+    def noise_dtype(self, model: torch.dtype) -> torch.dtype:
+        """The precision that Diffusers draws the steps' noise in, for a model of a precision."""
+        return torch.float32 if self.noise_in_float32 else model
+
+    def _noise(self, sample: Tensor, model: torch.dtype, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
         if given is None:
             generators = arguments.generators(generator, len(sample))
-            return lambda: draw(sample.shape, generators, sample.device)
+            dtype = self.noise_dtype(model) if generators else torch.float32
+            return lambda: draw(sample.shape, generators, sample.device, dtype)
         if not self.takes_variance_noise:
             raise UnsupportedArgument(f"{type(self).__name__} does not take variance_noise; give a generator")
         if generator is not None:
