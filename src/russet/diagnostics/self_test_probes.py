@@ -24,7 +24,7 @@ class Probe:
 
 
 def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=Generator().manual_seed(0))
+    return torch.randn(shape, generator=Generator().manual_seed(0), device="cpu")
 
 
 def empty_baddbmm(device: torch.device) -> Pair:

@@ -67,9 +67,6 @@ class Conditioning:
         return replace(self, positive={**self.positive, name: positive}, negative={**other, name: negative})
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        halves = [
-            None if half is None else {name: change(tensor) for name, tensor in half.items()}
-            for half in (self.positive, self.negative)
-        ]
-        assert halves[0] is not None
-        return Conditioning(*halves)
+        positive = {name: change(tensor) for name, tensor in self.positive.items()}
+        negative = None if self.negative is None else {name: change(x) for name, x in self.negative.items()}
+        return Conditioning(positive, negative)

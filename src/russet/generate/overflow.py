@@ -60,7 +60,7 @@ class Look:
         self.flag = latents.sum()
         self._arrived: torch.cuda.Event | None = None
         if self.flag.is_cuda:
-            there = torch.empty((), dtype=self.flag.dtype, pin_memory=True)
+            there = torch.empty((), dtype=self.flag.dtype, device="cpu", pin_memory=True)
             self.flag = there.copy_(self.flag, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()

@@ -146,7 +146,7 @@ class Sampling:
 
 def as_tensor(t: float) -> Tensor:
     """A timestep as callbacks know it: a tensor without dimensions, of whole numbers where it is one."""
-    return torch.tensor(int(t) if float(t).is_integer() else t)
+    return torch.tensor(int(t) if float(t).is_integer() else t, device="cpu")
 
 
 def read_answer(given: Any, shown: dict[str, Tensor | None]) -> dict[str, Tensor]:

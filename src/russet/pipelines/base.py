@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -19,6 +20,8 @@ from russet.pipelines.single_files import SingleFiles
 from russet.residency import placement
 from russet.residency.lazy_component import Slot
 from russet.residency.moving import Movable
+
+log = logging.getLogger(__name__)
 
 ELSEWHERE = {
     "custom_pipeline": "no code comes from a checkpoint",
@@ -43,11 +46,15 @@ ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One component that a pipeline is made of: the class it must have or ``others``, and whether it may be None."""
+    """One component that a pipeline is made of: the class it must have or ``others``, and whether it may be None.
+
+    callable: whether any function will do, as Diffusers' users give one in place of a safety checker.
+    """
 
     kind: type
     others: tuple[type, ...] = ()
     optional: bool = False
+    callable: bool = False
 
     @property
     def kinds(self) -> tuple[type, ...]:
@@ -173,17 +180,22 @@ class DiffusionPipeline(Movable, SingleFiles):
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Writes a folder in Diffusers form, which Diffusers and Russet read.
+        """Writes a folder in Diffusers form, which Diffusers and Russet read. Functions in it cannot be saved.
 
         Raises:
             CheckpointError: the folder cannot be written; what stood there before is intact.
         """
         index = {**self.index, "requires_safety_checker": self.requires_safety_checker}
+        components = self._components()
+        for name, part in self.parts.items():
+            if part.callable and components[name] is not None and not isinstance(components[name], nn.Module):
+                log.warning("%s is a function, which cannot be saved: the folder is written without it", name)
+                components[name] = None
         with self.whole():
             save.pipeline(
                 save_directory,
                 type(self).__name__,
-                self._components(),
+                components,
                 index,
                 variant=variant,
                 safe_serialization=safe_serialization,
@@ -234,6 +246,8 @@ def check_components(where: str, parts: Mapping[str, Part], components: Mapping[
         # a network may come wrapped (torch.compile), so it is known by its config too
         configs = tuple(kind.config_class for kind in part.kinds if hasattr(kind, "config_class"))
         wrapped = isinstance(getattr(component, "config", None), configs)
+        if part.callable and callable(component) and not isinstance(component, (nn.Module, type)):
+            continue
         if not isinstance(component, part.kinds) and not wrapped:
             came = "nothing" if component is None else f"{type(component).__module__}.{type(component).__name__}"
             raise ArgumentTypeError(f"{where}: {name} must be a russet {part.kind.__name__}, not {came}")

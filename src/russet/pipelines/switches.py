@@ -6,6 +6,7 @@ None of them is needed: without them the plan decides.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -103,4 +104,7 @@ class Switches:
         """The bar that shows the steps of a call: a tqdm over ``iterable`` or with ``total`` steps."""
         if (iterable is None) == (total is None):
             raise ArgumentTypeError("progress_bar takes either an iterable or a total")
-        return tqdm(iterable, total=total, **self._progress)
+        options = self._progress
+        if sys.stderr is None and options.get("file") is None:  # as under pythonw: there is nothing to write to
+            options = {**options, "disable": True}
+        return tqdm(iterable, total=total, **options)

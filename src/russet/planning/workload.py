@@ -171,6 +171,10 @@ class TransformerSizes:
         )
 
 
+NO_VAE: Numbers = {"decoder_block_out_channels": (1, 1, 1, 1)}
+"""Stands for a VAE that is not there: 8 pixels a latent, and next to no work."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The work of one call: pictures of ``width`` × ``height`` pixels, ``images`` of them, by these networks.
@@ -203,7 +207,7 @@ class Workload:
         cls,
         *,
         unet: Numbers,
-        vae: Numbers,
+        vae: Numbers | None,
         text_encoder: Numbers | None = None,
         text_encoder_2: Numbers | None = None,
         safety_checker: Numbers | None = None,
@@ -211,7 +215,7 @@ class Workload:
     ) -> Workload:
         """From the components' configs and the work: ``Workload.of(unet=…, vae=…, width=512, height=512, images=4)``.
 
-        Width and height default to the UNet's own sample size.
+        Width and height default to the UNet's own sample size. Without a VAE, latents of 8×8 pixels come out.
 
         Raises:
             ConfigError: lists in a config that do not agree in length.
@@ -219,7 +223,9 @@ class Workload:
         """
         text = [TransformerSizes.text(text_encoder)] if text_encoder else []
         text += [TransformerSizes.text(text_encoder_2, projected=True)] if text_encoder_2 else []
-        autoencoder = VAESizes.of(vae)
+        autoencoder = VAESizes.of(vae or NO_VAE)
+        if vae is None:
+            work["parameters"] = {**work.get("parameters", {}), "vae": 0}
         # Only the XL family's autoencoders overflow; the key's default is true for all of them.
         overflows = autoencoder.float32 and unet.get("addition_embed_type") == "text_time"
         native = (unet.get("sample_size") or 64) * autoencoder.factor
