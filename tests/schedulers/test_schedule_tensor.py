@@ -92,6 +92,12 @@ def test_results_of_other_shapes_are_plain():
     assert type(x * x) is ScheduleTensor
 
 
+def test_gradients_go_through_what_is_computed_from_it():
+    factor = torch.ones(3, requires_grad=True)
+    (numbers() * factor).sum().backward()
+    assert factor.grad.tolist() == [9, 2, 7]
+
+
 def test_a_schedulers_numbers_are_such_before_and_after_it_was_copied_or_pickled():
     scheduler = EulerDiscreteScheduler()
     scheduler.set_timesteps(4)

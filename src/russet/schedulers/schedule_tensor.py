@@ -22,9 +22,10 @@ class ScheduleTensor(Tensor):
     @classmethod
     def of(cls, x: Tensor) -> Tensor:
         """``x`` [N] as a ``ScheduleTensor``, and anything else as it is; an element as a copy."""
-        if type(x) is not Tensor or x.device.type != "cpu" or x.dim() > 1:
+        if type(x) is not Tensor or x.device.type != "cpu" or x.dim() > 1 or x.requires_grad:
             return x
-        return x.clone() if x.dim() == 0 else x.as_subclass(cls)
+        # as_subclass fails under a dispatch mode of torch 1.13
+        return x.clone() if x.dim() == 0 else Tensor._make_subclass(cls, x)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
