@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from russet.tokenizer import CLIPTokenizer
 
 from russet import DiffusionPipeline
+from russet.text.tokenizer import CLIPTokenizer
 
 from ..conftest import MINI
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from russet import validation
 from russet.errors import InputError
 from russet.images.clip_processor import CLIPImageProcessor
 from russet.images.conversion import to_pil

@@ -20,6 +20,7 @@ from russet.errors import InputError, UnsupportedArgument
 from russet.rng import Noise, draw
 from russet.schedulers.schedule import Run, Schedule, of_unit_variance
 from russet.schedulers.schedule_builder import Timetable
+from russet.schedulers.schedule_tensor import ScheduleTensor
 
 Times = float | Sequence[float] | Tensor
 
@@ -35,7 +36,8 @@ class Scheduler(Timetable):
     """A scheduler as Diffusers' programs use it. The attributes and methods have Diffusers' names and meanings.
 
     timesteps: what the model is told, call by call. sigmas: the noise level of each call, and last that of the end.
-    betas, alphas_cumprod: [T] float32. init_noise_sigma: what standard normal noise is multiplied with to start from.
+    betas, alphas_cumprod: [T] float32. All are ``ScheduleTensor``s, except timesteps that were put on a device.
+    init_noise_sigma: what standard normal noise is multiplied with to start from.
     begin_index, step_index: the call that the run begins at, and the one to come.
     """
 
@@ -44,9 +46,9 @@ class Scheduler(Timetable):
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         super().__init__(config, **changes)
-        self.betas, self.alphas_cumprod = self.table.betas, self.table.alphas_cumprod
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu")
-        self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0], device="cpu")
+        self.betas, self.alphas_cumprod = map(ScheduleTensor.of, (self.table.betas, self.table.alphas_cumprod))
+        self.timesteps = ScheduleTensor.of(torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu"))
+        self.sigmas = ScheduleTensor.of(torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0], device="cpu"))
         self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
         self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
@@ -83,8 +85,9 @@ class Scheduler(Timetable):
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._plan = plan
         kind = torch.int64 if self.whole else torch.float32
-        self.timesteps = torch.tensor(plan.timesteps, dtype=kind, device="cpu").to(device)
-        self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma], device="cpu")
+        self.timesteps = ScheduleTensor.of(torch.tensor(plan.timesteps, dtype=kind, device="cpu").to(device))
+        sigmas = [*(call.sigma for call in plan.calls), plan.end.sigma]
+        self.sigmas = ScheduleTensor.of(torch.tensor(sigmas, device="cpu"))
         self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
         self._forget()
 
