@@ -9,8 +9,8 @@ import pytest
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.hardware.facts import GIB, Facts, mac
 from russet.planning import reference_models
-from russet.planning.calls import largest_tensors, unet_calls, vae_call
 from russet.planning.device_defaults import allocator_environment
+from russet.planning.memory import largest_tensors, unet_calls, vae_call
 from russet.planning.plan import MEANING, AttentionChoice, Plan, Request, plan
 
 MACS = {
@@ -99,7 +99,7 @@ def test_scores_are_float32_from_macos_14_5_on():
 
 def test_scores_that_overflow_are_float32_everywhere():
     sizes = reference_models.sd15()
-    overflowing = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast=True))
+    overflowing = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast_attention=True))
     assert plan(on(torch="2.12.1", macos="14.4"), overflowing).attention("unet").upcast
     assert plan(gpu(torch="1.13.1"), overflowing).attention("unet").upcast
 

@@ -18,7 +18,7 @@ def dtype_decisions(facts: Facts, workload: Workload, request: Request) -> list[
     found = []
     for component in COMPONENTS:
         name, value, why = f"dtype.{component}", usual, reason
-        if component == "vae" and workload.vae.float32 and usual == "float16":
+        if component == "vae" and workload.vae_overflows and usual == "float16":
             value, why = "float32", "this VAE overflows in float16, on every device"
         found.append(resolve(request.user, name, value, why, dtype_note(facts, request.user.get(name))))
     return found

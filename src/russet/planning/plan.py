@@ -14,7 +14,7 @@ from typing import Any
 
 from russet.errors import DoesNotFit
 from russet.hardware.facts import Facts
-from russet.planning.memory import Estimate, Workload
+from russet.planning.memory import Estimate
 from russet.planning.plan_types import (
     MEANING,
     AttentionChoice,
@@ -26,6 +26,7 @@ from russet.planning.plan_types import (
     gigabytes,
 )
 from russet.planning.strategies import best, largest_fit, least_peak
+from russet.planning.workload import Workload
 
 __all__ = ["MEANING", "AttentionChoice", "Decision", "Plan", "Request", "Tile", "plan"]
 
