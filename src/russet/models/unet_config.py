@@ -274,7 +274,7 @@ class UNetConfig(Config):
         """Features of the time embedding."""
         return self.time_embedding_dim or self.block_out_channels[0] * 4
 
-    @property
+    @functools.cached_property
     def text_features(self) -> int | None:
         """Features of the text that the UNet attends to; None where it attends to none."""
         return next((level.context for level in self._levels_with_attention), None)

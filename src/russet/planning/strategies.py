@@ -167,7 +167,7 @@ def attention_decisions(facts: Facts, workload: Workload, request: Request, foun
     for component in ("unet", "vae", "text_encoder"):
         name, made = f"attention.{component}", attention_calls(component, workload, found)
         overflows = component == "unet" and bool(workload.unet.upcast_attention)
-        if component == "unet" and request.attention_slicing is not None:
+        if component == "unet" and made and request.attention_slicing is not None:
             asked = slicing_asked(facts, found.dtype(component), made, request.attention_slicing, overflows)
             decisions.append(Decision(name, *asked, by="user"))
         else:
