@@ -79,6 +79,7 @@ def test_a_large_text_encoder_that_nobody_looks_at_is_read_for_each_prompt(
     before = own("a horse", **FAST).images
     assert at(own.known("text_encoder")) == "cpu", "a small one is not worth it"
     monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
+    own._plans.plans.clear()
     for _ in range(2):
         output = own("a horse", **FAST)
         assert np.array_equal(before, output.images)
@@ -90,6 +91,7 @@ def test_a_large_text_encoder_that_nobody_looks_at_is_read_for_each_prompt(
 
 def test_a_text_encoder_that_somebody_has_looked_at_stays(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
+    own._plans.plans.clear()
     before = own("a horse", **FAST).images
     encoder = own.text_encoder
     assert at(encoder) == "cpu"
@@ -104,6 +106,7 @@ def test_saving_a_pipeline_is_no_look_at_its_text_encoder(
     own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
+    own._plans.plans.clear()
     own("a horse", **FAST)
     own.save_pretrained(tmp_path / "saved")
     assert at(own.known("text_encoder")) == "meta"

@@ -365,6 +365,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             images=images,
             rows=2 if (guided or self.scheduler.needs_unconditional) and not geometry.told_scale else 1,
             deep_branch=None if self.deep_cache is None else self.deep_cache.branch,
+            parameters={name: placement.size(network) for name, network in self._networks().items()},
         )
 
     @property

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from russet.hardware.facts import Facts
 from russet.hardware.known_bugs import affected
-from russet.planning.calls import unet_rows
+from russet.planning.memory import folded_bytes, prompt_kv_bytes, unet_rows, weight_copy_bytes
 from russet.planning.plan_types import Decision, Decisions, Request, gigabytes, resolve
-from russet.planning.prepared import folded_bytes, prompt_kv_bytes, weight_copy_bytes
 from russet.planning.workload import Workload
 
 X86 = ("x86_64", "AMD64")  # what Pythons call it on Linux and Windows
@@ -123,6 +122,11 @@ def timestep_embeddings(facts: Facts, workload: Workload, found: Decisions) -> t
         return "per call", "a few more small kernels take no time on this device"
     if found.offload == "sequential":
         return "per call", LAYER_BY_LAYER
+    if workload.unet.conditioned_per_row:
+        return (
+            "per call",
+            "this network adds conditions of each image (a class, or SDXL's pooled prompt and sizes) to them",
+        )
     return "precomputed", "they depend on the timestep alone, and not on the image or the prompt"
 
 
@@ -137,7 +141,7 @@ def prompt_cache(facts: Facts, workload: Workload, request: Request, found: Deci
         return "packed keys and values", kept
     if facts.device != "mps" or affected(facts, "no-sdpa") or affected(facts, "no-flash"):
         return "keys and values", kept
-    if workload.unet.upcast:
+    if workload.unet.upcast_attention:
         return "keys and values", f"{kept}; this network needs float32 scores, which folded weights would not give"
     if request.attention_slicing not in (None, "off"):
         return "keys and values", f"{kept}; attention slicing was requested"

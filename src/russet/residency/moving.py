@@ -19,7 +19,7 @@ from russet.checkpoints.pending_weights import Draft
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.hardware.facts import best_device, read_facts
 from russet.pipelines.switches import Switches
-from russet.planning.plan import Plan, Request, plan
+from russet.planning.plan import Plan, PlanCache, Request
 from russet.planning.workload import Workload
 from russet.residency import placement
 
@@ -46,6 +46,7 @@ class Movable(Switches):
         self._noticed: set[str] = set()  # components that somebody else has looked at
         self._waiting = False  # whether networks are still to be put in place, and their weights to be read
         self._placing = False
+        self._plans = PlanCache()
         self.graphs = Graphs()
 
     def to(self, *target: str | torch.device | torch.dtype, **named: Any) -> Self:
@@ -121,7 +122,7 @@ class Movable(Switches):
             DoesNotFit: the work needs more memory than there is; the error names the largest size that would fit.
         """
         workload = self.workload(height, width, num_images, guided=guidance_scale > 1)
-        return plan(read_facts(self._device, weights=self._weights_there()), workload, self._request())
+        return self._plans.plan(read_facts(self._device, weights=self._weights_there()), workload, self._request())
 
     def _weights_there(self) -> int:
         """Bytes of weights that are on the pipeline's device now; a network is in one place and in one precision."""

@@ -28,8 +28,8 @@ from russet.models.linears import set_linears
 from russet.models.modules import modules, places, weights
 from russet.models.norms import set_norms
 from russet.models.tiling import Tiling
-from russet.planning.calls import unet_rows
 from russet.planning.device_defaults import allocator_environment
+from russet.planning.memory import unet_rows
 from russet.planning.plan import AttentionChoice, Plan, Tile
 
 if TYPE_CHECKING:
