@@ -51,19 +51,19 @@ class Previews:
         self, pipe: StableDiffusionPipeline, latents: Tensor, vae: Autoencoder | None = None
     ) -> list[Image.Image]:
         """What ``StableDiffusionPipeline.preview`` returns."""
-        check(latents, pipe.vae.config.latent_channels)
+        check(latents, pipe.known("vae").config.latent_channels)
         latents = latents.float().masked_fill(~latents.isfinite(), 0.0)  # mps has nan_to_num from torch 2.0 on
         if vae is not None:
             return to_pil(engine.decode(vae, latents.to(vae.device), len(latents)))
-        if isinstance(pipe.vae, AutoencoderTiny):
+        if isinstance(pipe.known("vae"), AutoencoderTiny):
             with pipe.at_work("vae", pipe.plan()):
-                return to_pil(engine.decode(pipe.vae, latents.to(pipe.device), len(latents)))
-        return to_pil(self._map(pipe)(engine.unscaled(pipe.vae, latents)))
+                return to_pil(engine.decode(pipe.known("vae"), latents.to(pipe.device), len(latents)))
+        return to_pil(self._map(pipe)(engine.unscaled(pipe.known("vae"), latents)))
 
     def _map(self, pipe: StableDiffusionPipeline) -> LinearMap:
-        if self._fitted is None or self._fitted[0] is not pipe.vae:
+        if self._fitted is None or self._fitted[0] is not pipe.known("vae"):
             with pipe.at_work("vae", pipe.plan()):
-                self._fitted = pipe.vae, fitted(pipe.vae, pipe.device)
+                self._fitted = pipe.known("vae"), fitted(pipe.known("vae"), pipe.device)
         return self._fitted[1]
 
 

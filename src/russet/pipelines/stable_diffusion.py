@@ -31,7 +31,6 @@ from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.output import StableDiffusionPipelineOutput
 from russet.planning.plan import Plan
 from russet.planning.workload import Workload
-from russet.residency import placement
 from russet.rng import NoiseSource
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
@@ -189,8 +188,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         plan = self.plan(
             height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
         )
-        self._replace(plan)
-        placement.carry_out(plan, self._present())
+        with self.run_open():
+            return self._draw(request, schedule, plan)
+
+    def _draw(self, request: TextToImage, schedule: Schedule, plan: Plan) -> StableDiffusionPipelineOutput:
         notes = size_notes(request, plan)
         clock = Clock()
         with clock.phase("text"):
@@ -241,7 +242,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def guided(self, request: TextToImage) -> bool:
         """Whether the denoiser is asked twice. One that was distilled to be told the scale itself is asked once."""
-        return request.guidance.wanted and self.unet.config.time_cond_proj_dim is None
+        return request.guidance.wanted and self.known("unet").config.time_cond_proj_dim is None
 
     def denoise(
         self, request: TextToImage, schedule: Schedule, conditioning: Conditioning, plan: Plan
@@ -270,18 +271,18 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with self.at_work("unet", plan):
             sampling.predict(start, schedule.timesteps[0])
         sampling.aim()  # nothing of that pass is kept
-        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
+        with self.at_work("vae", plan):
+            engine.decode(self.known("vae"), start[: plan.vae_batch], plan.vae_batch)
         self._warmed_up = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
-        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            pixels, notes = overflow.decoded(self.vae, latents, plan)
+        with self.at_work("vae", plan):
+            pixels, notes = overflow.decoded(self, latents, plan)
         if self.safety_checker is None or self.feature_extractor is None:
             return pixels, None, notes
         with self.at_work("safety_checker", plan):
-            pixels, flags = safety.checked(self.safety_checker, self.feature_extractor, pixels)
+            pixels, flags = safety.checked(self.known("safety_checker"), self.feature_extractor, pixels)
         return pixels, flags, notes
 
     @torch.no_grad()
@@ -358,7 +359,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        return self._guidance_scale > 1 and self.known("unet").config.time_cond_proj_dim is None
 
     @property
     def num_timesteps(self) -> int:
