@@ -51,7 +51,7 @@ class Previews:
         self, pipe: StableDiffusionPipeline, latents: Tensor, vae: Autoencoder | None = None
     ) -> list[Image.Image]:
         """What ``StableDiffusionPipeline.preview`` returns."""
-        own = pipe.vae
+        own = pipe.known("vae")
         check(latents, pipe.geometry.channels)
         latents = latents.float().masked_fill(~latents.isfinite(), 0.0)  # mps has nan_to_num from torch 2.0 on
         if vae is not None:

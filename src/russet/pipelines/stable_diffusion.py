@@ -32,7 +32,8 @@ from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.output import StableDiffusionPipelineOutput
 from russet.planning.plan import Plan
 from russet.planning.workload import Workload
-from russet.residency import placement
+from russet.residency import weights
+from russet.residency.form import dtype_named
 from russet.rng import NoiseSource
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
@@ -193,8 +194,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         plan = self.plan(
             height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
         )
-        self._replace(plan)
-        placement.carry_out(plan, self._present())
+        with self.run_open():
+            return self._draw(request, schedule, plan)
+
+    def _draw(self, request: TextToImage, schedule: Schedule, plan: Plan) -> StableDiffusionPipelineOutput:
         notes = size_notes(request, plan)
         clock = Clock()
         with clock.phase("text"):
@@ -248,7 +251,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def guided(self, request: TextToImage) -> bool:
         """Whether the denoiser is asked twice. One that was distilled to be told the scale itself is asked once."""
-        return request.guidance.wanted and self.unet.config.time_cond_proj_dim is None
+        return request.guidance.wanted and self.known("unet").config.time_cond_proj_dim is None
 
     def denoise(
         self, request: TextToImage, schedule: Schedule, conditioning: Conditioning, plan: Plan
@@ -256,7 +259,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Noise → latents [B, C, h, w], and notes on what went otherwise than planned."""
         geometry = self.geometry
         shape = (request.images, geometry.channels, request.height // geometry.factor, request.width // geometry.factor)
-        precision = torch.float32 if request.own_streams else placement.dtype_named(plan.dtype("unet"))
+        precision = torch.float32 if request.own_streams else dtype_named(plan.dtype("unet"))
         noise = NoiseSource(request.generators, shape, self.device, precision)
         start = noise() if request.latents is None else request.latents.to(self.device, torch.float32)
         self.interrupt = False
@@ -280,21 +283,20 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with self.at_work("unet", plan):
             sampling.predict(start, schedule.timesteps[0])
         sampling.aim()  # nothing of that pass is kept
-        if self.vae is not None:
-            with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-                engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
+        if self.known("vae") is not None:
+            with self.at_work("vae", plan):
+                engine.decode(self.known("vae"), start[: plan.vae_batch], plan.vae_batch)
         self._warmed_up = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
-        assert self.vae is not None
-        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            pixels, notes = overflow.decoded(self.vae, latents, plan)
+        with self.at_work("vae", plan):
+            pixels, notes = overflow.decoded(self, latents, plan)
         return *self.check(pixels, plan), notes
 
     def check(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None]:
         """Pixels [B, 3, H, W] as they may be shown, and one flag per picture; None where nothing looked at them."""
-        checker, processor = self.safety_checker, self.feature_extractor
+        checker, processor = self.known("safety_checker"), self.feature_extractor
         if checker is None:
             return pixels, None
         if not isinstance(checker, nn.Module):
@@ -365,7 +367,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             images=images,
             rows=2 if (guided or self.scheduler.needs_unconditional) and not geometry.told_scale else 1,
             deep_branch=None if self.deep_cache is None else self.deep_cache.branch,
-            parameters={name: placement.size(network) for name, network in self._networks().items()},
+            parameters={name: weights.parameter_count(network) for name, network in self._networks().items()},
         )
 
     @property
@@ -381,7 +383,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        return self._guidance_scale > 1 and self.known("unet").config.time_cond_proj_dim is None
 
     @property
     def num_timesteps(self) -> int:
