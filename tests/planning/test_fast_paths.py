@@ -10,7 +10,7 @@ import pytest
 from russet.generate import timestep_cache
 from russet.hardware.facts import GIB, Facts, mac
 from russet.models import sums
-from russet.planning import prepared, reference_models
+from russet.planning import memory, reference_models
 from russet.planning.plan import Plan, Request, plan
 from russet.planning.workload import Workload
 
@@ -57,7 +57,7 @@ def test_texts_stay_apart_from_weights_where_attention_is_ours_to_compute():
     assert made(on(), attention_slicing="auto")["prompt_cache"] == "keys and values"
     assert made(on(), attention_slicing="off")["prompt_cache"] == "folded into weights"
     sizes = reference_models.sd15(safety_checker=False)
-    upcast = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast=True))
+    upcast = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast_attention=True))
     found = made(on(), upcast)
     assert found["prompt_cache"] == "keys and values"
     assert "float32 scores" in found.why("prompt_cache").reason
@@ -116,5 +116,5 @@ def test_who_wants_pytorchs_own_operations_gets_them():
 
 
 def test_estimates_and_networks_agree_on_what_is_copied():
-    assert (prepared.ONES, prepared.PADDED, prepared.REPEATED) == (sums.ONES, sums.PADDED, sums.REPEATED)
-    assert prepared.PRECOMPUTED == timestep_cache.AT_ONCE
+    assert (memory.ONES, memory.PADDED, memory.REPEATED) == (sums.ONES, sums.PADDED, sums.REPEATED)
+    assert memory.PRECOMPUTED == timestep_cache.AT_ONCE

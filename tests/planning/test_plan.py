@@ -9,9 +9,9 @@ import pytest
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.hardware.facts import GIB, Facts, mac
 from russet.planning import reference_models
-from russet.planning.calls import largest_tensors, unet_calls, vae_call
 from russet.planning.device_defaults import allocator_environment
-from russet.planning.plan import MEANING, AttentionChoice, Plan, Request, plan
+from russet.planning.memory import largest_tensors, unet_calls, vae_call
+from russet.planning.plan import MEANING, AttentionChoice, Plan, PlanCache, Request, plan
 
 MACS = {
     "M1 8 GB": ("M1", 8),
@@ -99,7 +99,7 @@ def test_scores_are_float32_from_macos_14_5_on():
 
 def test_scores_that_overflow_are_float32_everywhere():
     sizes = reference_models.sd15()
-    overflowing = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast=True))
+    overflowing = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast_attention=True))
     assert plan(on(torch="2.12.1", macos="14.4"), overflowing).attention("unet").upcast
     assert plan(gpu(torch="1.13.1"), overflowing).attention("unet").upcast
 
@@ -136,6 +136,16 @@ def test_a_cpu_that_computes_bfloat16_says_so_and_stays_exact_until_asked():
     assert "instructions" in plan(able, reference_models.sd15(), asked).why("dtype.unet").reason
     assert "slow" in plan(cpu(), reference_models.sd15(), asked).why("dtype.unet").reason
     assert plan(able, reference_models.sd15(), asked).peak < 0.6 * plan(able, reference_models.sd15()).peak
+
+
+def test_a_cpu_with_matrix_units_works_in_bfloat16_and_float32_is_one_argument_away():
+    able = dataclasses.replace(cpu(), bf16=True, amx=True)
+    made = plan(able, reference_models.sd15())
+    assert {made.dtype(name) for name in ("text_encoder", "unet", "vae", "safety_checker")} == {"bfloat16"}
+    assert "AMX" in made.why("dtype.unet").reason
+    assert not made["winograd"]
+    exact = plan(able, reference_models.sd15(), Request(dtype="float32"))
+    assert (exact.dtype("unet"), exact.why("dtype.unet").by) == ("float32", "user")
 
 
 @pytest.mark.parametrize(
@@ -388,6 +398,37 @@ def test_without_fast_paths_a_cpu_uses_pytorchs_operations_alone():
 
 
 # --- the plan as a value ---
+
+
+def test_a_plan_is_reused_while_free_memory_is_about_the_same():
+    cache, facts, workload = PlanCache(), on("M1 16 GB"), reference_models.sd15()
+    first = cache.plan(facts, workload, Request())
+    little = dataclasses.replace(facts, available=facts.available - 200 * 2**20, held=10 * 2**20, swap_used=5)
+    assert cache.plan(little, workload, Request()) is first
+    assert cache.plan(facts, workload, Request(vae_tiling=True)) is not first
+    assert cache.plan(facts, reference_models.sd15(images=2), Request()) is not first
+    assert cache.plan(on("M1 16 GB", torch="2.12.1"), workload, Request()) is not first
+    much = dataclasses.replace(facts, available=facts.available // 2)
+    assert cache.plan(much, workload, Request()) == plan(much, workload)
+
+
+def test_a_plan_that_no_longer_fits_is_made_anew():
+    workload, cache = reference_models.sd15(), PlanCache()
+    peak = plan(on("M1 16 GB"), workload).peak
+    enough = dataclasses.replace(on("M1 16 GB"), available=int(peak / 0.8 * 1.02))
+    first = cache.plan(enough, workload, Request(reloadable=True))
+    assert first.peak <= enough.budget
+    short = dataclasses.replace(enough, available=int(first.peak / 0.8 * 0.98))
+    assert cache.plan(short, workload, Request(reloadable=True)).peak <= short.budget
+
+
+def test_a_plan_is_one_line_for_a_debugger_and_a_table_for_a_notebook():
+    made = plan(on("M1 16 GB"), reference_models.sd15(), Request(vae_slicing=True))
+    assert len(repr(made)) < 160
+    assert "512×512 on Apple M1 (mps), UNet in float16" in repr(made)
+    table = made._repr_html_()
+    assert table.count("<tr>") == len(made.decisions) + 1
+    assert "<td>vae_batch</td><td>1</td><td>as requested; your choice</td>" in table
 
 
 def test_the_same_facts_give_the_same_plan():

@@ -21,7 +21,10 @@ from russet.models.transformer import TransformerBlock
 from russet.planning import strategies
 from russet.planning.device_defaults import allocator_environment
 from russet.planning.plan import Plan
-from russet.residency import placement
+from russet.residency import kernels
+from russet.residency import network as residency
+from russet.residency.form import MEMORY_FORMATS, form_of
+from russet.residency.streaming import Streaming, own_parameters
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 
@@ -41,7 +44,7 @@ def replanned(plan: Plan, **changes: Any) -> Plan:
 
 
 def weights_of(pipe: Any) -> dict[str, torch.device]:
-    return {name: next(network.parameters()).device for name, network in pipe.networks.items()}
+    return {name: next(network.parameters()).device for name, network in pipe._networks().items()}
 
 
 def test_dropped_weights_are_read_again_for_each_call(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +82,7 @@ def test_a_large_text_encoder_that_nobody_looks_at_is_read_for_each_prompt(
     before = own("a horse", **FAST).images
     assert at(own.known("text_encoder")) == "cpu", "a small one is not worth it"
     monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
+    own._plans.plans.clear()
     for _ in range(2):
         output = own("a horse", **FAST)
         assert np.array_equal(before, output.images)
@@ -90,6 +94,7 @@ def test_a_large_text_encoder_that_nobody_looks_at_is_read_for_each_prompt(
 
 def test_a_text_encoder_that_somebody_has_looked_at_stays(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
+    own._plans.plans.clear()
     before = own("a horse", **FAST).images
     encoder = own.text_encoder
     assert at(encoder) == "cpu"
@@ -104,6 +109,7 @@ def test_saving_a_pipeline_is_no_look_at_its_text_encoder(
     own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategies, "LARGE_TEXT_ENCODER", 0)
+    own._plans.plans.clear()
     own("a horse", **FAST)
     own.save_pretrained(tmp_path / "saved")
     assert at(own.known("text_encoder")) == "meta"
@@ -126,24 +132,25 @@ def test_a_frugal_call_and_a_roomy_one_may_follow_each_other(own: Any, monkeypat
         )
         assert np.array_equal(before, own("a horse", **FAST).images)
         hook.remove()
-        assert seen[0] == away, "what does not work yet is out of the way from the start"
+        assert away <= seen[0], "what does not work yet is out of the way from the start"
 
 
 def test_a_pipeline_whose_weights_were_dropped_saves_whole(own: Any, tmp_path: Path) -> None:
     before = own("a horse", **FAST).images
     own.unet.to("meta")
     own.save_pretrained(tmp_path / "saved")
-    assert own.unet.device == torch.device("meta")
+    assert not residency.of(own.unet).in_memory
     again = russet.DiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     again.set_progress_bar_config(disable=True)
     assert np.array_equal(before, again("a horse", **FAST).images)
 
 
-def test_only_networks_that_the_pipeline_read_itself_may_be_dropped(own: Any, tiny: Any) -> None:
+def test_only_networks_that_were_read_from_a_file_may_be_dropped(own: Any, tiny: Any) -> None:
     assert own._request().reloadable
     own.vae = tiny.vae
+    assert own._request().reloadable, "whichever pipeline has read them"
+    own.vae = copy.deepcopy(tiny.vae)
     assert not own._request().reloadable
-    assert not tiny._request().reloadable
 
 
 def test_streamed_layers_are_on_the_device_one_at_a_time(own: Any) -> None:
@@ -156,10 +163,11 @@ def test_streamed_layers_are_on_the_device_one_at_a_time(own: Any) -> None:
         assert away == {names[layer]}
         seen.append(layer)
 
-    with placement.streamed(own.unet, torch.device("cpu")):
-        layers = [module for module in own.unet.modules() if placement.own_parameters(module)]
-        hooks = [layer.register_forward_pre_hook(check) for layer in layers]
-        own.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, 32))
+    streaming = Streaming(own.unet, torch.device("cpu"))
+    layers = [module for module in own.unet.modules() if own_parameters(module)]
+    hooks = [layer.register_forward_pre_hook(check) for layer in layers]
+    own.unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, 32))
+    streaming.stop()
     for hook in hooks:
         hook.remove()
     assert set(seen) == set(layers)
@@ -216,10 +224,10 @@ def test_the_allocators_variables_are_set_unless_the_user_has_set_them(monkeypat
         monkeypatch.delenv(name, raising=False)
     high = next(iter(variables))
     monkeypatch.setenv(high, "0.7")
-    placement.set_environment(torch.device("mps"))
+    kernels.set_environment(torch.device("mps"))
     assert [os.environ.get(name) for name in variables] == ["0.7", None]  # 0.8 for the low one would not do
     monkeypatch.delenv(high)
-    placement.set_environment(torch.device("mps"))
+    kernels.set_environment(torch.device("mps"))
     assert {name: os.environ[name] for name in variables} == variables
     for name in variables:
         del os.environ[name]  # not by monkeypatch, which would put it back
@@ -249,7 +257,7 @@ def test_a_first_pass_that_is_unlike_the_others_is_made_once_and_discarded(
 
 def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = dataclasses.replace(read_facts("cpu"), memory=10**5, available=10**5, ram=10**5, held=0)
-    monkeypatch.setattr("russet.residency.moving.read_facts", lambda device=None, weights=0: small)
+    monkeypatch.setattr("russet.residency.pipeline.read_facts", lambda device=None, weights=0: small)
     pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     assert pipe.unet.dtype == torch.float32
     with pytest.raises(DoesNotFit):
@@ -258,22 +266,23 @@ def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, m
 
 def test_a_module_that_was_put_in_attends_as_the_plan_wants(own: Any) -> None:
     own.enable_attention_slicing("max")
-    own("a boat", **FAST)
+    wanted = form_of("unet", own.plan(), own.device).attention
     layer = next(module for module in own.unet.modules() if isinstance(module, TransformerBlock))
-    wanted, new = layer.attn1.attention, copy.deepcopy(layer.attn1)
-    new.attention = attention.fused
-    layer.attn1 = new
+    seen: list[Any] = []
+    layer.attn1 = copy.deepcopy(layer.attn1)
+    layer.attn1.register_forward_pre_hook(lambda module, args: seen.append(module.attention))
     own("a boat", **FAST)
-    assert new.attention == wanted != attention.fused
+    assert set(seen) == {wanted} != {attention.fused}
+    assert layer.attn1.attention is attention.fused, "a plain network again"
 
 
-def test_weights_that_lie_elsewhere_are_prepared_again(own: Any) -> None:
+def test_weights_that_lie_elsewhere_are_arranged_again(own: Any) -> None:
     plan = own.plan()
     other = "contiguous" if plan.memory_format == "channels_last" else "channels_last"
     conv = own.unet.conv_out
     for memory_format in (plan.memory_format, other, plan.memory_format):
-        placement.prepare(own.unet, replanned(plan, memory_format=memory_format))
-        assert conv.weight.is_contiguous(memory_format=placement.MEMORY_FORMATS[memory_format])
-    conv.weight.data = conv.weight.data.contiguous(memory_format=placement.MEMORY_FORMATS[other])
-    placement.prepare(own.unet, plan)
-    assert conv.weight.is_contiguous(memory_format=placement.MEMORY_FORMATS[plan.memory_format])
+        with own.at_work("unet", replanned(plan, memory_format=memory_format)):
+            assert conv.weight.is_contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    conv.weight.data = conv.weight.data.contiguous(memory_format=MEMORY_FORMATS[other])
+    with own.at_work("unet", plan):
+        assert conv.weight.is_contiguous(memory_format=MEMORY_FORMATS[plan.memory_format])

@@ -47,7 +47,7 @@ class Case:
 def inputs(shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
     """Standard normal numbers, float32 on the CPU, the same every time."""
     generator = Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
 
 
 MAP = (2, 32, 16, 16)

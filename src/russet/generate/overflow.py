@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,7 @@ from russet.generate import engine
 from russet.generate.conditioning import Conditioning
 from russet.generate.guidance import Guidance
 from russet.models.autoencoder import Autoencoder
-from russet.models.base import Model
 from russet.planning.plan import Plan
-from russet.residency import placement
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Look:
         self.flag = latents.sum()
         self._arrived: torch.cuda.Event | None = None
         if self.flag.is_cuda:
-            there = torch.empty((), dtype=self.flag.dtype, pin_memory=True)
+            there = torch.empty((), dtype=self.flag.dtype, device="cpu", pin_memory=True)
             self.flag = there.copy_(self.flag, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
@@ -137,34 +136,26 @@ def is_finite(x: Tensor) -> bool:
     return math.isfinite(float(x.sum()))
 
 
-def remedies(name: str, network: Model, plan: Plan) -> list[Remedy]:
-    """What can be tried for a network, the cheapest first; nothing where it computes in float32 already."""
-    if network.dtype == torch.float32:
-        return []
-    precise = placement.attention_of(plan, name, upcast=True)
-    return [
-        Remedy(f"{name}'s attention in float32", lambda: network.set_attention(precise)),
-        Remedy(f"whole {name} in float32", lambda: network.to(torch.float32)),
-    ]
-
-
 @contextlib.contextmanager
-def restored(name: str, network: Model, plan: Plan) -> Iterator[None]:
-    """Undoes afterwards what remedies did: half-precision weights go to float32 and back without a loss."""
-    dtype = network.dtype
-    try:
-        yield
-    finally:
-        if network.dtype != dtype:
-            network.to(dtype)
-            network.set_attention(placement.attention_of(plan, name))
+def remedies(pipe: Any, name: str, plan: Plan) -> Iterator[list[Remedy]]:
+    """What can be tried for a network, the cheapest first; nothing where it computes in float32 already."""
+    if pipe.known(name).dtype == torch.float32:
+        yield []
+        return
+    with contextlib.ExitStack() as stack:
+        yield [
+            Remedy(
+                f"{name}'s attention in float32", lambda: stack.enter_context(pipe.at_work(name, plan, "attention"))
+            ),
+            Remedy(f"whole {name} in float32", lambda: stack.enter_context(pipe.at_work(name, plan, "float32"))),
+        ]
 
 
-def decoded(vae: Autoencoder, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
+def decoded(pipe: Any, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
     """Latents → pixels [B, 3, H, W]; not finite or all black, they are made again more precisely."""
     notes: list[str] = []
-    left = remedies("vae", vae, plan)
-    with restored("vae", vae, plan):
+    vae: Autoencoder = pipe.known("vae")
+    with remedies(pipe, "vae", plan) as left:
         while True:
             pixels = engine.decode(vae, latents, plan.vae_batch)
             if is_picture(pixels):

@@ -51,19 +51,22 @@ class Previews:
         self, pipe: StableDiffusionPipeline, latents: Tensor, vae: Autoencoder | None = None
     ) -> list[Image.Image]:
         """What ``StableDiffusionPipeline.preview`` returns."""
-        check(latents, pipe.vae.config.latent_channels)
+        own = pipe.known("vae")
+        check(latents, pipe.geometry.channels)
         latents = latents.float().masked_fill(~latents.isfinite(), 0.0)  # mps has nan_to_num from torch 2.0 on
         if vae is not None:
             return to_pil(engine.decode(vae, latents.to(vae.device), len(latents)))
-        if isinstance(pipe.vae, AutoencoderTiny):
+        if own is None:
+            raise InputError("this pipeline has no VAE, whose latents are to be shown: give one, preview(latents, vae)")
+        if isinstance(own, AutoencoderTiny):
             with pipe.at_work("vae", pipe.plan()):
-                return to_pil(engine.decode(pipe.vae, latents.to(pipe.device), len(latents)))
-        return to_pil(self._map(pipe)(engine.unscaled(pipe.vae, latents)))
+                return to_pil(engine.decode(own, latents.to(pipe.device), len(latents)))
+        return to_pil(self._map(pipe, own)(engine.unscaled(own, latents)))
 
-    def _map(self, pipe: StableDiffusionPipeline) -> LinearMap:
-        if self._fitted is None or self._fitted[0] is not pipe.vae:
+    def _map(self, pipe: StableDiffusionPipeline, own: Autoencoder) -> LinearMap:
+        if self._fitted is None or self._fitted[0] is not own:
             with pipe.at_work("vae", pipe.plan()):
-                self._fitted = pipe.vae, fitted(pipe.vae, pipe.device)
+                self._fitted = own, fitted(own, pipe.device)
         return self._fitted[1]
 
 
@@ -78,7 +81,8 @@ def fitted(vae: Autoencoder, device: torch.device) -> LinearMap:
     """The map that belongs to a VAE; encodes four pictures of 128×128 where a latent stands for 8 pixels."""
     side = PATCHES * LATENTS * vae.config.pixels_per_latent
     make = torch.Generator().manual_seed(0)
-    colours = torch.rand(PICTURES, vae.config.in_channels, PATCHES, PATCHES, generator=make) * 2 - 1
+    shape = (PICTURES, vae.config.in_channels, PATCHES, PATCHES)
+    colours = torch.rand(shape, generator=make, device="cpu") * 2 - 1
     pictures = F.interpolate(colours, size=(side, side), mode="nearest")
     z = encoded(vae, pictures.to(device, vae.dtype)).float().cpu()
     wanted = F.interpolate(colours, size=tuple(z.shape[2:]), mode="nearest")

@@ -13,6 +13,8 @@ from russet.text.tokenizer import CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
+SHOWN = 2000  # characters of a text that is ignored, in the warning about it
+
 
 def encode(
     tokenizer: CLIPTokenizer,
@@ -31,7 +33,7 @@ def encode(
             log.warning(
                 "the prompt is longer than the %d tokens that the model reads; this part is ignored: %r",
                 tokenizer.model_max_length,
-                lost,
+                lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}… ({len(lost):,} characters)",
             )
     ids = tokenizer(list(texts)).input_ids.to(text_encoder.device)
 

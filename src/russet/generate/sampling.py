@@ -58,7 +58,7 @@ class Sampling:
         It may remember its calls, so each passage has one of its own.
         """
         self.predict = build_denoiser(
-            self.pipe.unet,
+            self.pipe.known("unet"),
             self.conditioning,
             self.guidance,
             self.plan,
@@ -74,9 +74,9 @@ class Sampling:
         """
         schedule = self.schedule
         good = self._place(0, start * schedule.init_noise_sigma, noise)
-        unet = self.pipe.unet
-        left = overflow.remedies("unet", unet, self.plan)
-        with self.pipe.progress_bar(total=len(schedule.timesteps)) as bar, overflow.restored("unet", unet, self.plan):
+        unet = self.pipe.known("unet")
+        remedies = overflow.remedies(self.pipe, "unet", self.plan)
+        with self.pipe.progress_bar(total=len(schedule.timesteps)) as bar, remedies as left:
             while True:
                 noise.restore(good.noise)
                 run = schedule.start_at(good.step).run(good.latents, noise)
@@ -94,7 +94,7 @@ class Sampling:
         """Goes on until the end or a value that is not finite; returns the last good place and whether all is well."""
         schedule = self.schedule
         done, checks = len(schedule.timesteps) - len(run.schedule.timesteps), self.plan["finite_checks"]
-        trusted = self.pipe.finite_in == self.pipe.unet.dtype and not self.notes
+        trusted = self.pipe.finite_in == self.pipe.known("unet").dtype and not self.notes
         watch, pace = overflow.Watch(good, checks, trusted), Pace(checks == "at the end")
         for step in engine.denoise(run, lambda x, t: self.predict(x, t)):
             pace.step()
@@ -146,7 +146,7 @@ class Sampling:
 
 def as_tensor(t: float) -> Tensor:
     """A timestep as callbacks know it: a tensor without dimensions, of whole numbers where it is one."""
-    return torch.tensor(int(t) if float(t).is_integer() else t)
+    return torch.tensor(int(t) if float(t).is_integer() else t, device="cpu")
 
 
 def read_answer(given: Any, shown: dict[str, Tensor | None]) -> dict[str, Tensor]:

@@ -24,7 +24,8 @@ class Geometry:
 
     sample: latents' default height and width. channels: of the latents. factor: pixels per latent along an edge.
     tokens: N of the conditioning. features: D of the conditioning. layers: of the text encoder.
-    reads_text: whether there is a text encoder. told_scale: whether the UNet was distilled to be told guidance's scale.
+    reads_text: whether there is a text encoder. decodes: whether there is a VAE.
+    told_scale: whether the UNet was distilled to be told guidance's scale.
     """
 
     sample: tuple[int, int]
@@ -34,6 +35,7 @@ class Geometry:
     features: int
     layers: int
     reads_text: bool = True
+    decodes: bool = True
     told_scale: bool = False
 
 
@@ -70,6 +72,11 @@ class TextToImage:
         """B: how many pictures the call makes."""
         return self.prompt_count * self.images_per_prompt
 
+    @property
+    def own_streams(self) -> bool:
+        """Whether the noise does not come from generators that the caller gave."""
+        return self.seeds is not None or not self.generators
+
     @classmethod
     def of(
         cls, geometry: Geometry, given: dict[str, Any], *, both: bool = False, last_timestep: float = 999
@@ -99,6 +106,9 @@ class TextToImage:
         if latents is not None:
             shape = (count * each, geometry.channels, height // geometry.factor, width // geometry.factor)
             validation.tensor("latents", latents, shape)
+        output_type = validation.one_of("output_type", given["output_type"], OUTPUT_TYPES)
+        if output_type != "latent" and not geometry.decodes:
+            raise InputError('this pipeline has no VAE, which makes pictures of latents: give output_type="latent"')
         callback = given["callback_on_step_end"]
         return cls(
             prompts=prompts,
@@ -117,7 +127,7 @@ class TextToImage:
             generators=generators,
             seeds=seeds,
             latents=latents,
-            output_type=validation.one_of("output_type", given["output_type"], OUTPUT_TYPES),
+            output_type=output_type,
             callback=None if callback is None else validation.function("callback_on_step_end", callback),
             callback_tensors=read_callback_tensors(given["callback_on_step_end_tensor_inputs"]),
         )

@@ -19,6 +19,17 @@ def require_tensor(name: str, value: object) -> None:
         raise ArgumentTypeError(f"{name} must be a tensor, not {type(value).__name__}")
 
 
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in a network's precision, contiguous in either memory format.
+
+    Some devices misread a part of the channels of a larger map (pytorch#169342), and some end the process where one
+    operation meets two precisions (pytorch#121025).
+    """
+    x = x.to(dtype)
+    in_order = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x if in_order else x.contiguous()
+
+
 class Attending(nn.Module):
     """A module that computes attention by the function in ``attention``, which ``Model.set_attention`` replaces."""
 

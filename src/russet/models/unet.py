@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from russet.errors import InputError
-from russet.models.base import require_tensor
+from russet.models.base import as_input, require_tensor
 from russet.models.conditioning import Conditioned
 from russet.models.unet_blocks import DownBlock2D, Stage, UpBlock2D, down_blocks, mid_block, up_blocks
 from russet.models.unet_config import UNetConfig
@@ -69,7 +69,7 @@ class UNet2DConditionModel(Conditioned):
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNetOutput | tuple[Tensor]:
-        """Predicts from noisy latents at one time.
+        """Predicts from noisy latents at one time, in the precision of the weights, whatever that of the inputs is.
 
         Args:
             sample: noisy latents [B, Cin, h, w], already scaled by the scheduler.
@@ -86,14 +86,27 @@ class UNet2DConditionModel(Conditioned):
             InputError: shapes that do not fit, or a condition that this UNet lacks, or misses.
             ArgumentTypeError: something that should be a tensor is none.
         """
-        self._check(sample, encoder_hidden_states)
+        sample, context = self.inputs(sample, encoder_hidden_states)
         emb = self.embed(sample, timestep, timestep_cond, class_labels, added_cond_kwargs)
-        skips = self.down(sample, emb, encoder_hidden_states)
-        x = self.middle(skips[-1], emb, encoder_hidden_states)
+        skips = self.down(sample, emb, context)
+        x = self.middle(skips[-1], emb, context)
         if down_block_additional_residuals is not None or mid_block_additional_residual is not None:
             skips, x = self.add_residuals(skips, x, down_block_additional_residuals, mid_block_additional_residual)
-        x = self.head(self.up(x, skips, emb, encoder_hidden_states))
+        x = self.head(self.up(x, skips, emb, context))
         return UNetOutput(x) if return_dict else (x,)
+
+    def inputs(self, sample: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and text, checked, in the network's precision."""
+        require_tensor("sample", sample)
+        require_tensor("encoder_hidden_states", context)
+        channels, size = self.config.in_channels, tuple(sample.shape)
+        if len(size) != 4 or size[1] != channels or min(size) < 1:
+            raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")
+        features = self.config.text_features
+        if context.ndim != 3 or len(context) != size[0] or features not in (None, context.shape[2]):
+            wanted = f"[{size[0]}, N, {features or 'any'}]"
+            raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")
+        return as_input(sample, self.dtype), context.to(self.dtype)
 
     def down(self, sample: Tensor, emb: Tensor, context: Tensor, count: int | None = None) -> list[Tensor]:
         """The skip connections, or the first ``count`` of them: of the first convolution, then of every stage."""
@@ -126,19 +139,9 @@ class UNet2DConditionModel(Conditioned):
                 f"a ControlNet gives {len(skips)} down_block_additional_residuals and a mid_block_additional_residual; "
                 f"{len(down or ())} and {'none' if mid is None else 'one'} came"
             )
-        return [skip + residual for skip, residual in zip(skips, down, strict=True)], x + mid
+        added = [skip + residual.to(skip.dtype) for skip, residual in zip(skips, down, strict=True)]
+        return added, x + mid.to(x.dtype)
 
     def head(self, x: Tensor) -> Tensor:
         """What the last map predicts."""
         return self.conv_out(self.act(self.conv_norm_out(x)))  # type: ignore[no-any-return]
-
-    def _check(self, sample: Tensor, context: Tensor) -> None:
-        require_tensor("sample", sample)
-        require_tensor("encoder_hidden_states", context)
-        channels, size = self.config.in_channels, tuple(sample.shape)
-        if len(size) != 4 or size[1] != channels or min(size) < 1:
-            raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")
-        features = self.config.text_features
-        if context.ndim != 3 or len(context) != size[0] or features not in (None, context.shape[2]):
-            wanted = f"[{size[0]}, N, {features or 'any'}]"
-            raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")

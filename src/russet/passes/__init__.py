@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -48,9 +47,17 @@ OFF: Mapping[str, Any] = {**workarounds.OFF, **{one.name: one.off for one in PAS
 """All passes and workarounds off: the plain network."""
 
 
-def apply(network: nn.Module, name: str, choices: Choices) -> Changes:
-    """Changes the network of a component as was decided; ``undo()`` of what is returned restores it exactly."""
-    changes = Changes(network)
+def choices(plan: Any, rows: int) -> Choices:
+    """What a plan decided for passes and workarounds; ``rows``: of latents in one call of the UNet."""
+    return Choices({name: plan[name] for name in (*OFF, "offload")}, rows)
+
+
+def apply(network: nn.Module, name: str, choices: Choices, changes: Changes | None = None) -> Changes:
+    """Changes the network of a component as was decided; ``undo()`` of what is returned restores it exactly.
+
+    changes: those that were made before, to be undone together.
+    """
+    changes = Changes(network) if changes is None else changes
     try:
         workarounds.apply(network, choices, changes)
         for one in PASSES:
@@ -60,13 +67,3 @@ def apply(network: nn.Module, name: str, choices: Choices) -> Changes:
         changes.undo()
         raise
     return changes
-
-
-@contextlib.contextmanager
-def computing(name: str, plan: Any) -> Iterator[None]:
-    """What the plan's passes want around the computation of a component."""
-    with contextlib.ExitStack() as stack:
-        for one in PASSES:
-            if one.computing is not None and plan[one.name] != one.off:
-                stack.enter_context(one.computing(name))
-        yield

@@ -8,8 +8,7 @@ passes are applied; gradients are computed by the plain ``forward``.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,33 +54,40 @@ class Changes:
 
     Attributes:
         modules: the network and all beneath it, each once, as they are when passes are applied.
+        skipped: those among them that passes leave alone, with all beneath: what the user has compiled.
         blocks_optimized: whether ``optimize_blocks`` has been here.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.modules = tuple(every_module(network))
+    def __init__(self, network: nn.Module, skipped: Container[nn.Module] = ()) -> None:
+        self.modules = tuple(module for module in every_module(network) if module not in skipped)
+        self.skipped = skipped
         self.blocks_optimized = False
-        self._undo: list[Callable[[], object]] = []
+        self._undo: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, value, value before
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
-        before = module.__class__
+        self._undo.append((module, "__class__", cls, module.__class__))
         module.__class__ = cls
-        self._undo.append(lambda: setattr(module, "__class__", before))
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets a plain attribute, which is no parameter, buffer or submodule."""
-        attributes = vars(module)
-        if name in attributes:
-            before = attributes[name]
-            self._undo.append(lambda: attributes.__setitem__(name, before))
-        else:
-            self._undo.append(lambda: attributes.pop(name, None))
-        attributes[name] = value
+        self._undo.append((module, name, value, vars(module).get(name, ABSENT)))
+        vars(module)[name] = value
 
     def undo(self) -> None:
-        """Restores everything, the latest change first."""
+        """Restores everything, the latest change first; what somebody else has set since stays."""
         while self._undo:
-            self._undo.pop()()
+            module, name, value, before = self._undo.pop()
+            if name == "__class__":
+                if module.__class__ is value:
+                    module.__class__ = before
+            elif vars(module).get(name, ABSENT) is value:
+                if before is ABSENT:
+                    del vars(module)[name]
+                else:
+                    vars(module)[name] = before
+
+
+ABSENT = object()
 
 
 def every_module(network: nn.Module) -> Iterator[nn.Module]:
@@ -126,7 +132,7 @@ class Situation(NamedTuple):
 class Choices:
     """What was decided for a network, ``choices["ops"]``, and the rows of latents in one call of the UNet."""
 
-    decided: Any  # a plan, or a mapping
+    decided: Mapping[str, Any]
     rows: int
 
     def __getitem__(self, name: str) -> Any:
@@ -137,10 +143,12 @@ class Choices:
 class Footprint:
     """What a pass does to the memory of a call.
 
-    kept: bytes that are made before the first step and kept to the last. walk: fields of ``Arithmetic`` that it sets.
+    kept: bytes that are made before the first step and kept to the last. kept_after: those that stay for the next run.
+    walk: fields of ``russet.models.footprint.Arithmetic`` that it sets.
     """
 
     kept: int = 0
+    kept_after: int = 0
     walk: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -156,7 +164,6 @@ class Pass:
         decide: from a situation to a value and the reason for it.
         apply: changes a component's network, ``name`` in the pipeline, as was decided.
         footprint: what it does to memory, for a situation in which its value is decided.
-        computing: a context to compute in, by the component's name.
     """
 
     name: str
@@ -167,4 +174,3 @@ class Pass:
     decide: Callable[[Situation], tuple[Any, str]]
     apply: Callable[[nn.Module, str, Choices, Changes], None] = lambda network, name, choices, changes: None
     footprint: Callable[[Situation], Footprint] = lambda situation: Footprint()
-    computing: Callable[[str], contextlib.AbstractContextManager[None]] | None = None

@@ -45,7 +45,8 @@ def optimize_blocks(network: nn.Module, changes: Changes) -> None:
     """Gives every block that is as Russet made it its optimized class; does nothing the second time."""
     if not changes.blocks_optimized:
         changes.blocks_optimized = True
-        _optimize(network, changes)
+        if network not in changes.skipped:
+            _optimize(network, changes)
 
 
 def _optimize(module: nn.Module, changes: Changes) -> tuple[bool, bool]:
@@ -53,7 +54,9 @@ def _optimize(module: nn.Module, changes: Changes) -> tuple[bool, bool]:
     known, watched, cls = type(module) in KNOWN, hooked(module), type(module)
     unhooked = not watched
     for child in module._modules.values():
-        if child is not None:
+        if child is not None and child in changes.skipped:
+            known = False
+        elif child is not None:
             child_known, child_unhooked = _optimize(child, changes)
             known, unhooked = known and child_known, unhooked and child_unhooked
     if cls in OPTIMIZED and is_ours(module, known and unhooked, unhooked):

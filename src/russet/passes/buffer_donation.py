@@ -19,7 +19,7 @@ def decide(situation: Situation) -> tuple[bool, str]:
     workload, decided = situation.workload, situation.decided
     rows = workload.rows * min(decided["micro_batch"], workload.images)
     height, width = workload.latents
-    if rows * height * width * workload.unet.channels[0] * decided.width("unet") < LARGE:
+    if rows * height * width * workload.unet.block_out_channels[0] * decided.width("unet") < LARGE:
         return False, "the maps are small"
     return True, "a map is free as soon as the last operation has read it"
 
@@ -36,5 +36,5 @@ PASS = Pass(
     elsewhere="",
     decide=decide,
     apply=apply,
-    footprint=lambda situation: Footprint(walk={"donates": situation.decided["buffer_donation"]}),
+    footprint=lambda situation: Footprint(walk={"donates": True}),
 )

@@ -25,8 +25,7 @@ def decide(situation: Situation) -> tuple[bool, str]:
 
 def footprint(situation: Situation) -> Footprint:
     """A graph has its own copy of the text's keys and values."""
-    holds = situation.decided["cuda_graphs"] and situation.decided["prompt_cache"] != "off"
-    return Footprint(kept=cached_bytes(situation) if holds else 0)
+    return Footprint(kept_after=cached_bytes(situation) if situation.decided["prompt_cache"] != "off" else 0)
 
 
 PASS = Pass(

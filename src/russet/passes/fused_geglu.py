@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from russet.backends.blocks.transformer import OptimizedGEGLU
+from russet.backends.gemm_heuristics import gates
 from russet.models.transformer import GEGLU
 from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, untouched
 
@@ -32,7 +33,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 
 
 def footprint(situation: Situation) -> Footprint:
-    return Footprint(walk={"fused_geglu": situation.decided["fused_geglu"]})
+    return Footprint(walk={"fuses_gate": gates})
 
 
 PASS = Pass(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
-from russet.backends.cpu import malloc
 from russet.passes.base import Pass, Situation
 
 LARGE = 32 * 2**20
@@ -18,16 +15,15 @@ def decide(situation: Situation) -> tuple[bool, str]:
     height, width = workload.latents
     rows = workload.rows * min(decided["micro_batch"], workload.images)
     widest = (
-        3 * rows * height * width * workload.unet.channels[0] * decided.width("unet")
+        3 * rows * height * width * workload.unet.block_out_channels[0] * decided.width("unet")
     )  # the joined map and its norm
     if widest < LARGE:
         return False, "the feature maps are small enough for glibc to keep them by itself"
     return True, "glibc would return every feature map to the system, which clears the next one's pages each time"
 
 
-def computing(component: str) -> contextlib.AbstractContextManager[None]:
-    rules = {"unet": malloc.kept, "vae": malloc.returned}
-    return rules.get(component, contextlib.nullcontext)()
+RULES = {"unet": "kept", "vae": "returned"}
+"""What is done with freed memory while a component computes: the VAE's maps are larger, and are given back at once."""
 
 
 PASS = Pass(
@@ -37,5 +33,4 @@ PASS = Pass(
     devices=("cpu",),
     elsewhere="the device's memory has an allocator of its own",
     decide=decide,
-    computing=computing,
 )

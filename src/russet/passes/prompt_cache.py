@@ -157,7 +157,7 @@ def decide(situation: Situation) -> tuple[str, str]:
         return PACKED, kept
     if facts.device != "mps" or affected(facts, "no-sdpa") or affected(facts, "no-flash"):
         return "keys and values", kept
-    if situation.workload.unet.upcast:
+    if situation.workload.unet.upcast_attention:
         return "keys and values", f"{kept}; this network needs float32 scores, which folded weights would not give"
     if request.attention_slicing not in (None, "off"):
         return "keys and values", f"{kept}; attention slicing was requested"
@@ -180,22 +180,20 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 def cached_bytes(situation: Situation) -> int:
     """What the keys and values of all prompts take, in all layers."""
     workload = situation.workload
-    features = sum(width * depth for _, width, depth in workload.unet.transformers)
+    stages = workload.unet.stages
+    features = sum(stage.channels * (stage.depth or 0) * (1 + stage.only_cross) for stage in stages)
     return int(workload.images * workload.rows * LONGEST * 2 * features * situation.decided.width("unet"))
 
 
 def folded_bytes(situation: Situation) -> int:
     """What the weights of all layers take with all prompts folded into them."""
     workload = situation.workload
-    features = sum(width * depth * workload.unet.heads[level] for level, width, depth in workload.unet.transformers)
+    features = sum(stage.channels * stage.heads * (stage.depth or 0) for stage in workload.unet.stages)
     return int(workload.images * workload.rows * LONGEST * 2 * features * situation.decided.width("unet"))
 
 
 def footprint(situation: Situation) -> Footprint:
-    value = situation.decided["prompt_cache"]
-    if value == "off":
-        return Footprint()
-    if value == FOLDED:
+    if situation.decided["prompt_cache"] == FOLDED:
         return Footprint(kept=folded_bytes(situation), walk={"folded": True})
     return Footprint(kept=cached_bytes(situation))
 

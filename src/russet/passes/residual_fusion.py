@@ -162,26 +162,26 @@ def fuses(transformer: OptimizedTransformer2D) -> bool:
 def copied_bytes(situation: Situation, pad: tuple[int, ...] = ()) -> int:
     """What copies of weights take: of self-attention's output with its bias, of padded heads, of shortcuts repeated."""
     workload, decided = situation.workload, situation.decided
-    u, number = workload.unet, decided.width("unet")
+    number, total = decided.width("unet"), 0
     rows = min(decided["micro_batch"], workload.images) * workload.rows
-    total = 0
-    for level, width, depth in u.transformers:
-        dim = width // u.heads[level]
-        size = next((one for one in pad if one >= dim), dim)
-        inward = 3 * width // dim * size * width * number
-        padded = size > dim and inward <= PADDED
-        outward = (width // dim * (size if padded else dim) + ONES) * width * number
-        total += depth * (outward + (inward if padded else 0))
-    for level, inputs, _ in u.blocks:
-        repeated = rows * inputs * u.channels[level] * number
-        total += repeated if inputs != u.channels[level] and repeated <= REPEATED else 0
+    for stage in workload.unet.stages:
+        width, heads = stage.channels, stage.heads
+        if stage.depth and not stage.only_cross:
+            dim = width // heads
+            size = next((one for one in pad if one >= dim), dim)
+            inward = 3 * heads * size * width * number
+            padded = size > dim and inward <= PADDED
+            outward = (heads * (size if padded else dim) + ONES) * width * number
+            total += stage.depth * (outward + (inward if padded else 0))
+        repeated = rows * stage.inputs * width * number
+        total += repeated if stage.inputs != width and repeated <= REPEATED else 0
     return total
 
 
 def footprint(situation: Situation) -> Footprint:
-    value = situation.decided["residual_fusion"]
-    copies = copied_bytes(situation, situation.decided.attention("unet").pad) if value == "with weight copies" else 0
-    return Footprint(kept=copies, walk={"residual_fusion": value != "off"})
+    copies = situation.decided["residual_fusion"] == "with weight copies"
+    kept = copied_bytes(situation, situation.decided.attention("unet").pad) if copies else 0
+    return Footprint(kept=kept, walk={"residual_fusion": True})
 
 
 PASS = Pass(

@@ -15,8 +15,11 @@ from russet.passes.blocks import optimize_blocks
 def decide(situation: Situation) -> tuple[bool, str]:
     if situation.workload.rows < 2:
         return False, "there is one text for each picture"
-    if situation.workload.unet.added:
-        return False, "this UNet tells rows apart from the start, by more than the text"
+    if situation.workload.unet.conditioned_per_row:
+        return (
+            False,
+            "this network adds conditions of each row (a class, or SDXL's pooled prompt and sizes)",
+        )
     return True, "what comes before the first layer that attends to the text is the same for both halves of guidance"
 
 

@@ -39,8 +39,11 @@ class TimestepCache:
 def decide(situation: Situation) -> tuple[str, str]:
     if situation.decided["offload"] == "sequential":
         return "per call", LAYER_BY_LAYER
-    if situation.workload.unet.added:
-        return "per call", "this UNet adds the pooled text and the picture's size to them, which differ from row to row"
+    if situation.workload.unet.conditioned_per_row:
+        return (
+            "per call",
+            "this network adds conditions of each image (a class, or SDXL's pooled prompt and sizes) to them",
+        )
     return "precomputed", "they depend on the timestep alone, and not on the image or the prompt"
 
 
@@ -51,14 +54,13 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 
 def precomputed_bytes(situation: Situation) -> int:
     """An embedding, and a number for each channel of each residual block, for the times that are computed at once."""
-    u = situation.workload.unet
-    outputs = sum(u.channels[level] for level, _, _ in u.blocks)
-    return int(AT_ONCE * (4 * u.channels[0] + outputs) * situation.decided.width("unet"))
+    unet = situation.workload.unet
+    outputs = sum(stage.channels for stage in unet.stages if stage.resampling != "down")
+    return int(AT_ONCE * (unet.time_features + outputs) * situation.decided.width("unet"))
 
 
 def footprint(situation: Situation) -> Footprint:
-    precomputed = situation.decided["timestep_embeddings"] == "precomputed"
-    return Footprint(kept=precomputed_bytes(situation) if precomputed else 0)
+    return Footprint(kept=precomputed_bytes(situation))
 
 
 PASS = Pass(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from russet.backends import norm_heuristics
 from russet.backends.blocks.transformer import OptimizedGEGLU
 from russet.models.transformer import GEGLU
 from russet.passes.base import Changes, Choices, Footprint, Pass, Situation
@@ -32,8 +33,9 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 
 
 def footprint(situation: Situation) -> Footprint:
-    used = situation.decided["ops"] == "triton" and situation.decided["offload"] != "sequential"
-    return Footprint(walk={"in_place_norms": used})
+    if situation.decided["offload"] == "sequential":  # layers that come and go are not fused
+        return Footprint()
+    return Footprint(walk={"donates": True, "in_place_norms": True, "channel_sums": norm_heuristics.sums})
 
 
 PASS = Pass(

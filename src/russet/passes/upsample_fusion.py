@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from russet.backends import upsample_heuristics
 from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.models.resnet import Upsample2D
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, holds_untouched
 
 
 def decide(situation: Situation) -> tuple[bool, str]:
@@ -32,8 +33,15 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
                 changes.set_class(module, TransposedUpsample)
 
 
+def workspace(rows: int, inputs: int, outputs: int, height: int, width: int) -> int | None:
+    """Numbers that the transposed convolution takes beside its input and result; None where it is not used."""
+    if not upsample_heuristics.pays(rows, inputs, outputs, height, width):
+        return None
+    return upsample_heuristics.room(inputs, outputs)
+
+
 def footprint(situation: Situation) -> Footprint:
-    return Footprint(walk={"transposed": situation.decided["upsample_fusion"]})
+    return Footprint(walk={"upsample_workspace": workspace})
 
 
 PASS = Pass(

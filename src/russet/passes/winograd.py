@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from russet.backends.blocks.resnet import OptimizedUpsample
+from russet.backends.cpu import winograd_heuristics
 from russet.backends.cpu.convolution import CpuConv2d, WinogradUpsample
 from russet.models.resnet import Upsample2D
-from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, swap_layers
+from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, holds_untouched, swap_layers
 
 
 def decide(situation: Situation) -> tuple[bool, str]:
@@ -28,8 +29,15 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
             changes.set_class(module, WinogradUpsample)
 
 
+def workspace(rows: int, inputs: int, outputs: int, height: int, width: int, enlarged: bool) -> int | None:
+    """Numbers that a convolution takes beside its input and result; None where it is computed directly."""
+    if not winograd_heuristics.pays(rows, inputs, outputs, height, width):
+        return None
+    return winograd_heuristics.room(rows, inputs, outputs, height, width, doubled=enlarged).size
+
+
 def footprint(situation: Situation) -> Footprint:
-    return Footprint(walk={"winograd": situation.decided["winograd"]})
+    return Footprint(walk={"conv_workspace": workspace})
 
 
 PASS = Pass(

@@ -5,7 +5,7 @@ These are no optimisations: they hold with ``disable_fast_paths()`` too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from russet.backends.layers import (
     PairedLinear,
     float32_gelu,
 )
+from russet.backends.norm_heuristics import at_once
 from russet.backends.ops import hooked
 from russet.models.embeddings import TimestepEmbedding
 from russet.models.resnet import ResnetBlock2D
@@ -33,6 +34,13 @@ OFF: Mapping[str, Any] = {
     "flatten_linear_inputs": False,
     "float32_gelu": False,
 }
+
+
+def norm_workspace(decided: Any) -> Callable[[int], int] | None:
+    """Bytes that a composed norm of so many numbers takes: two float32 maps, of a large map one; None for others."""
+    if decided["group_norm"] != "composed":
+        return None
+    return lambda numbers: (8 if at_once(numbers) else 4) * numbers
 
 
 def apply(network: nn.Module, choices: Choices, changes: Changes) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from russet import validation
 from russet.errors import ConfigError, InputError
@@ -31,7 +32,8 @@ from russet.pipelines.base import DiffusionPipeline, Part
 from russet.pipelines.output import StableDiffusionPipelineOutput
 from russet.planning.plan import Plan
 from russet.planning.workload import Workload
-from russet.residency import placement
+from russet.residency import weights
+from russet.residency.form import dtype_named
 from russet.rng import NoiseSource
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
@@ -52,26 +54,28 @@ class StableDiffusionPipeline(DiffusionPipeline):
     """Text to image with Stable Diffusion 1.x and 2.x (arXiv:2112.10752).
 
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler: the components.
-        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None.
+        vae, text_encoder, tokenizer, unet, scheduler: the components. Without a VAE latents come out, without a text
+            encoder or a tokenizer encoded prompts go in.
+        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None. A
+            function in the checker's place is called as ``f(images=…, clip_input=…)`` and returns (images, flags).
     """
 
     parts: ClassVar = {
-        "vae": Part(AutoencoderKL, (AutoencoderTiny,)),
+        "vae": Part(AutoencoderKL, (AutoencoderTiny,), optional=True),
         "text_encoder": Part(CLIPTextModel, optional=True),
         "tokenizer": Part(CLIPTokenizer, optional=True),
         "unet": Part(UNet2DConditionModel),
         "scheduler": Part(Scheduler),
-        "safety_checker": Part(StableDiffusionSafetyChecker, optional=True),
+        "safety_checker": Part(StableDiffusionSafetyChecker, optional=True, callable=True),
         "feature_extractor": Part(CLIPImageProcessor, optional=True),
     }
 
-    vae: Autoencoder
+    vae: Autoencoder | None
     text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer | None
     unet: UNet2DConditionModel
     scheduler: Scheduler
-    safety_checker: StableDiffusionSafetyChecker | None
+    safety_checker: StableDiffusionSafetyChecker | safety.Filter | None
     feature_extractor: CLIPImageProcessor | None
 
     def __init__(self, **components: Any) -> None:
@@ -82,7 +86,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         self.finite_in: torch.dtype | None = None  # what the UNet drew the last picture in, if no value overflowed
         self._previews = Previews()
         self.interrupt = False
-        if self.safety_checker is not None and self.feature_extractor is None:
+        if isinstance(self.known("safety_checker"), nn.Module) and self.feature_extractor is None:
             raise InputError("a safety_checker needs a feature_extractor, which prepares the pictures for it")
         if self.safety_checker is None and self.requires_safety_checker:
             log.warning("this pipeline has no safety checker: no picture is looked at before it is returned")
@@ -126,7 +130,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
             negative_prompt: what not to draw; one text for all, or one per prompt.
             num_images_per_prompt: pictures per prompt, at least 1.
             eta: 0..1, how much noise DDIM adds again in each step (arXiv:2010.02502, eq. 16).
-            generator: where the noise comes from, one ``torch.Generator`` for all pictures or a list with one each.
+            generator: where the noise comes from, one ``torch.Generator`` for all pictures or a list with one each; it
+                draws in the UNet's precision, as with Diffusers.
             latents: the starting noise itself, [B, C, h, w], standard normal.
             prompt_embeds, negative_prompt_embeds: encoded prompts [B, N, D] in place of texts.
             output_type: "pil", "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1) or "latent".
@@ -142,7 +147,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which of "latents", "prompt_embeds", "negative_prompt_embeds" and
                 "pred_original_sample" it gets. The last, the picture's latents as they are foreseen, is for previews.
             seed: one stream of noise per picture: a number (the second picture has ``seed + 1``, and so on), or one per
-                picture. The same seed gives the same picture on every device and in every batch.
+                picture, drawn in float32. The same seed gives the same picture on every device and in every batch.
 
         Raises:
             InputError: an argument is wrong, or Russet lacks it.
@@ -189,8 +194,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         plan = self.plan(
             height=request.height, width=request.width, num_images=request.images, guidance_scale=request.guidance.scale
         )
-        self._replace(plan)
-        placement.carry_out(plan, self._present())
+        with self.run_open():
+            return self._draw(request, schedule, plan)
+
+    def _draw(self, request: TextToImage, schedule: Schedule, plan: Plan) -> StableDiffusionPipelineOutput:
         notes = size_notes(request, plan)
         clock = Clock()
         with clock.phase("text"):
@@ -244,7 +251,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     def guided(self, request: TextToImage) -> bool:
         """Whether the denoiser is asked twice. One that was distilled to be told the scale itself is asked once."""
-        return request.guidance.wanted and self.unet.config.time_cond_proj_dim is None
+        return request.guidance.wanted and self.known("unet").config.time_cond_proj_dim is None
 
     def denoise(
         self, request: TextToImage, schedule: Schedule, conditioning: Conditioning, plan: Plan
@@ -252,7 +259,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """Noise → latents [B, C, h, w], and notes on what went otherwise than planned."""
         geometry = self.geometry
         shape = (request.images, geometry.channels, request.height // geometry.factor, request.width // geometry.factor)
-        noise = NoiseSource(request.generators, shape, self.device)
+        precision = torch.float32 if request.own_streams else dtype_named(plan.dtype("unet"))
+        noise = NoiseSource(request.generators, shape, self.device, precision)
         start = noise() if request.latents is None else request.latents.to(self.device, torch.float32)
         self.interrupt = False
         self._guidance_scale = request.guidance.scale
@@ -261,7 +269,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         if self.needs_warm_up(plan):
             self.warm_up(sampling, schedule, start, plan)
         with self.at_work("unet", plan):
-            latents = sampling.from_noise(noise, start)
+            latents = sampling.from_noise(
+                dataclasses.replace(noise, dtype=self.scheduler.noise_dtype(precision)), start
+            )
         return latents, tuple(sampling.notes)
 
     def needs_warm_up(self, plan: Plan) -> bool:
@@ -273,19 +283,28 @@ class StableDiffusionPipeline(DiffusionPipeline):
         with self.at_work("unet", plan):
             sampling.predict(start, schedule.timesteps[0])
         sampling.aim()  # nothing of that pass is kept
-        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            engine.decode(self.vae, start[: plan.vae_batch], plan.vae_batch)
+        if self.known("vae") is not None:
+            with self.at_work("vae", plan):
+                engine.decode(self.known("vae"), start[: plan.vae_batch], plan.vae_batch)
         self._warmed_up = self.device
 
     def develop(self, latents: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None, tuple[str, ...]]:
         """Latents → pixels [B, 3, H, W] in [-1, 1], what the safety checker says of them, and notes."""
-        with self.at_work("vae", plan), placement.tiled(self.vae, plan.vae_tile):
-            pixels, notes = overflow.decoded(self.vae, latents, plan)
-        if self.safety_checker is None or self.feature_extractor is None:
-            return pixels, None, notes
+        with self.at_work("vae", plan):
+            pixels, notes = overflow.decoded(self, latents, plan)
+        return *self.check(pixels, plan), notes
+
+    def check(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, list[bool] | None]:
+        """Pixels [B, 3, H, W] as they may be shown, and one flag per picture; None where nothing looked at them."""
+        checker, processor = self.known("safety_checker"), self.feature_extractor
+        if checker is None:
+            return pixels, None
+        if not isinstance(checker, nn.Module):
+            return safety.filtered(checker, processor, pixels, self.dtype)
+        if processor is None:
+            return pixels, None
         with self.at_work("safety_checker", plan):
-            pixels, flags = safety.checked(self.safety_checker, self.feature_extractor, pixels)
-        return pixels, flags, notes
+            return safety.checked(cast(StableDiffusionSafetyChecker, checker), processor, pixels)
 
     @torch.no_grad()
     def preview(self, latents: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
@@ -309,10 +328,10 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Raises:
             ConfigError: the components do not fit each other.
         """
-        unet, vae, text = self.known("unet").config, self.known("vae").config, self.known("text_encoder")
-        if unet.in_channels != vae.latent_channels:
+        unet, vae, text = self.known("unet").config, self.known("vae"), self.known("text_encoder")
+        if vae is not None and unet.in_channels != vae.config.latent_channels:
             raise ConfigError(
-                f"the UNet takes {unet.in_channels} channels and the VAE's latents have {vae.latent_channels}: "
+                f"the UNet takes {unet.in_channels} channels and the VAE's latents have {vae.config.latent_channels}: "
                 "this is no text-to-image model (9 channels are for inpainting, 8 for editing by instruction)"
             )
         features = (
@@ -326,26 +345,29 @@ class StableDiffusionPipeline(DiffusionPipeline):
         return Geometry(
             sample=(sample[0], sample[1]),
             channels=unet.in_channels,
-            factor=vae.pixels_per_latent,
+            factor=8 if vae is None else vae.config.pixels_per_latent,
             features=features,
             tokens=text.config.max_position_embeddings if text is not None else 77,
             layers=text.config.num_hidden_layers if text is not None else 1,
+            decodes=vae is not None,
             reads_text=text is not None and self.tokenizer is not None,
             told_scale=unet.time_cond_proj_dim is not None,
         )
 
     def workload(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Workload:
-        geometry, text, checker = self.geometry, self.known("text_encoder"), self.known("safety_checker")
+        geometry = self.geometry
+        vae, text, checker = (self.known(name) for name in ("vae", "text_encoder", "safety_checker"))
         return Workload.of(
             unet=self.known("unet").config,
-            vae=self.known("vae").config,
+            vae=None if vae is None else vae.config,
             text_encoder=None if text is None else text.config,
-            safety_checker=None if checker is None else checker.config,
+            safety_checker=getattr(checker, "config", None),
             height=height or geometry.sample[0] * geometry.factor,
             width=width or geometry.sample[1] * geometry.factor,
             images=images,
             rows=2 if (guided or self.scheduler.needs_unconditional) and not geometry.told_scale else 1,
             deep_branch=None if self.deep_cache is None else self.deep_cache.branch,
+            parameters={name: weights.parameter_count(network) for name, network in self._networks().items()},
         )
 
     @property
@@ -361,7 +383,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        return self._guidance_scale > 1 and self.known("unet").config.time_cond_proj_dim is None
 
     @property
     def num_timesteps(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from russet.errors import InputError
 from russet.hardware.facts import Facts, gigabytes
 from russet.hardware.known_bugs import affected
-from russet.planning.activations import Attended
+from russet.models.footprint import Attended
 from russet.planning.plan_types import AttentionChoice
 
 FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on; its wheels hold them for float32 too

@@ -9,12 +9,14 @@ What a pipeline does with each decision is written in ``MEANING``, one line per 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import deque
+from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
 
 from russet.errors import DoesNotFit
 from russet.hardware.facts import Facts, gigabytes
-from russet.planning.memory import Estimate, Workload
+from russet.planning.memory import Estimate
 from russet.planning.plan_types import (
     MEANING,
     AttentionChoice,
@@ -25,11 +27,12 @@ from russet.planning.plan_types import (
     format_value,
 )
 from russet.planning.strategies import best, largest_fit, least_peak
+from russet.planning.workload import Workload
 
 __all__ = ["MEANING", "AttentionChoice", "Decision", "Plan", "Request", "Tile", "plan"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Decisions):
     """All decisions, and the memory that they are predicted to take: ``plan["micro_batch"]``, ``plan.peak``."""
 
@@ -46,23 +49,52 @@ class Plan(Decisions):
         """What a component attends by once half precision has overflowed: float32, in the same way."""
         return replace(self.attention(component), upcast=True)
 
+    def __repr__(self) -> str:
+        workload, changed = self.workload, sum(decision.by == "user" for decision in self.decisions)
+        offload = f", offload {self.offload}" if self.offload else ""
+        return (
+            f"<Plan: {workload.images} × {workload.width}×{workload.height} on {self.facts.chip} ({self.facts.device}),"
+            f" UNet in {self.dtype('unet')}{offload}, peak {gigabytes(self.peak)}, {changed} requested>"
+        )
+
     def __str__(self) -> str:
         return self.explain()
 
     def explain(self) -> str:
         """The plan in readable lines."""
-        facts, workload = self.facts, self.workload
         lines = [
-            f"{workload.images} × {workload.width}×{workload.height} on {facts.chip} ({facts.device}): at most"
-            f" {gigabytes(self.peak)} of the {gigabytes(facts.budget)} that are free",
+            self.summary,
             *(f"  {phase.name}: {gigabytes(phase.peak)}" for phase in self.estimate.phases),
             *(f"  {decision}" for decision in self.decisions),
         ]
-        if self.peak > facts.budget:
-            lines.insert(
-                1, f"  tight, though within the {gigabytes(facts.limit)} that the device allows: close other programs"
-            )
+        if self.peak > self.facts.budget:
+            lines.insert(1, f"  {self.tight}")
         return "\n".join(lines)
+
+    @property
+    def summary(self) -> str:
+        """One line: the work, the device, and the memory."""
+        facts, workload = self.facts, self.workload
+        return (
+            f"{workload.images} × {workload.width}×{workload.height} on {facts.chip} ({facts.device}): at most"
+            f" {gigabytes(self.peak)} of the {gigabytes(facts.budget)} that are free"
+        )
+
+    @property
+    def tight(self) -> str:
+        """What to do where the work needs more than what is free now."""
+        limit = gigabytes(self.facts.limit)
+        return f"more than what is free, though within the {limit} that the device allows: close other programs"
+
+    def _repr_html_(self) -> str:
+        """The plan as a table for notebooks."""
+        rows = "".join(
+            f"<tr><td>{escape(one.name)}</td><td>{escape(format_value(one.value))}</td>"
+            f"<td>{'as requested; ' if one.by == 'user' else ''}{escape(one.reason)}</td></tr>"
+            for one in self.decisions
+        )
+        head = "<tr><th>decision</th><th>value</th><th>reason</th></tr>"
+        return f"<p>{escape(self.summary)}</p><table>{head}{rows}</table>"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON has it."""
@@ -94,6 +126,35 @@ def plan(facts: Facts, workload: Workload, request: Request | None = None) -> Pl
         raise DoesNotFit(refusal(facts, workload, asked))
     found, estimate = chosen
     return Plan(decisions=found.decisions, facts=facts, workload=workload, estimate=estimate)
+
+
+@dataclass(frozen=True)
+class PlanCache:
+    """The latest plans of a pipeline, so that calls of one kind share one plan.
+
+    A plan depends on the facts, the workload and the request. Free memory differs at every call, and a plan must not
+    change with it for a few megabytes: kernels are compiled, weights laid out and graphs recorded for a plan. So a plan
+    is reused while all else is the same, the budget is within an eighth of what it was made for, and its peak still
+    fits in the budget (unless it did not when it was made).
+    """
+
+    plans: deque[tuple[Request, Plan]] = field(default_factory=lambda: deque(maxlen=8))
+
+    def plan(self, facts: Facts, workload: Workload, request: Request) -> Plan:
+        """The plan, made now or before; raises what ``plan`` raises."""
+        for asked, made in tuple(self.plans):
+            if asked == request and made.workload == workload and still_holds(made, facts):
+                return made
+        made = plan(facts, workload, request)
+        self.plans.append((request, made))
+        return made
+
+
+def still_holds(made: Plan, facts: Facts) -> bool:
+    """Whether a plan for the same work holds on a device whose free memory may have changed."""
+    same = replace(made.facts, available=facts.available, held=facts.held, swap_used=facts.swap_used) == facts
+    near = abs(facts.budget - made.facts.budget) <= made.facts.budget // 8
+    return same and near and (made.peak <= facts.budget or made.peak > made.facts.budget)
 
 
 def refusal(facts: Facts, workload: Workload, request: Request) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -88,7 +89,6 @@ class Tile:
         return f"{self.size * 8}×{self.size * 8} pixels, {self.overlap * 8} shared"
 
 
-TEXT = 77  # tokens of a prompt
 TILE = Tile(size=64, overlap=16)
 SMALL_TILE = Tile(size=32, overlap=8)
 
@@ -194,11 +194,15 @@ class Decisions:
     decisions: tuple[Decision, ...]
 
     def __getitem__(self, name: str) -> Any:
-        return self.why(name).value
+        return self._by_name[name].value
 
     def why(self, name: str) -> Decision:
         """A decision with its reason."""
-        return {decision.name: decision for decision in self.decisions}[name]
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.decisions}
 
     def extended(self, more: Iterable[Decision]) -> Self:
         """These decisions and more."""

@@ -22,7 +22,13 @@ CLIP_G = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 SAFETY_CHECKER = {
     "projection_dim": 768,
     "vision_config": {
@@ -51,6 +57,7 @@ SDXL_UNET = {
     "transformer_layers_per_block": (1, 2, 10),
     "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "down_block_types": ("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
     "up_block_types": (CROSS_UP, CROSS_UP, "UpBlock2D"),

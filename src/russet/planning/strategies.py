@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 from russet.hardware.facts import Facts, gigabytes
 from russet.planning.attention_choice import LEAST_ROOM, Caps, choose_attention, slicing_asked
-from russet.planning.calls import attention_calls, largest_tensors
 from russet.planning.device_defaults import dtype_decisions, machine_decisions, offload_target
 from russet.planning.fast_paths import fast_paths
-from russet.planning.memory import Estimate, predict, resident
-from russet.planning.parameters import counts
+from russet.planning.memory import Estimate, attention_calls, largest_tensors, predict, resident
 from russet.planning.plan_types import SMALL_TILE, TILE, Decision, Decisions, Request, Tile, resolve
 from russet.planning.workload import Workload
 
@@ -99,7 +97,7 @@ def strategies(facts: Facts, workload: Workload, request: Request) -> tuple[list
 def unloads_text_encoder(facts: Facts, workload: Workload, request: Request) -> bool:
     """Whether the text encoder is read again for every prompt: on a CPU that takes little time beside the denoising."""
     allowed = request.reloadable and request.text_encoder_exclusive
-    return facts.device == "cpu" and allowed and counts(workload)["text_encoder"] >= LARGE_TEXT_ENCODER
+    return facts.device == "cpu" and allowed and workload.parameters.get("text_encoder", 0) >= LARGE_TEXT_ENCODER
 
 
 def images_at_once(usual: Mapping[str, int], facts: Facts, workload: Workload) -> int:
@@ -168,8 +166,8 @@ def attention_decisions(facts: Facts, workload: Workload, request: Request, foun
     decisions = []
     for component in ("unet", "vae", "text_encoder"):
         name, made = f"attention.{component}", attention_calls(component, workload, found)
-        overflows = component == "unet" and workload.unet.upcast
-        if component == "unet" and request.attention_slicing is not None:
+        overflows = component == "unet" and bool(workload.unet.upcast_attention)
+        if component == "unet" and made and request.attention_slicing is not None:
             asked = slicing_asked(facts, found.dtype(component), made, request.attention_slicing, overflows)
             decisions.append(Decision(name, *asked, by="user"))
         else:

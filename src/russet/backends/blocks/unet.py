@@ -136,7 +136,10 @@ class OptimizedUNet(UNet2DConditionModel):
             skips = [repeated_rows(skip, row) for skip, row in zip(skips, rows, strict=False)] + skips[len(rows) :]
         return super().add_residuals(skips, x, down, mid)
 
-    def _check(self, sample: Tensor, context: Tensor | Context) -> None:
+    def inputs(  # type: ignore[override]
+        self, sample: Tensor, context: Tensor | Context
+    ) -> tuple[Tensor, Tensor | Context]:
         text, rows = Context.of(context).tensor, len(sample) if isinstance(sample, Tensor) and sample.ndim else 0
-        shares = isinstance(text, Tensor) and text.ndim == 3 and rows and len(text) % rows == 0 and len(text) >= rows
-        super()._check(sample, text[:rows] if shares else text)
+        shared = isinstance(text, Tensor) and text.ndim == 3 and rows and len(text) % rows == 0 and len(text) >= rows
+        sample, first = super().inputs(sample, text[:rows] if shared else text)
+        return sample, context if first.dtype == text.dtype else Context(text.to(first.dtype))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from russet.backends.module_list import modules, places
 from russet.backends.ops import hooked
-from russet.models.modules import modules, places
 
 Call = Callable[..., tuple[Tensor, ...]]
 
