@@ -9,7 +9,7 @@ passes are applied; gradients are computed by the plain ``forward``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,7 +42,6 @@ OWN = {
     TokenProjection,
     FlatTokenProjection,
     OneDNNTokenProjection,
-    nn.Identity,
 }
 """Classes of layers that are nothing but their weights."""
 
@@ -79,7 +78,14 @@ class Changes:
 
 def untouched(layer: nn.Module | None) -> bool:
     """Whether a layer is nothing but its weights: of a known class, with no hooks; an absent layer is, too."""
-    return layer is None or (type(layer) in OWN and not hooked(layer))
+    if layer is None:
+        return True
+    return type(layer) in OWN and not hooked(layer) and (not isinstance(layer, nn.Conv2d) or is_plain_conv(layer))
+
+
+def is_plain_conv(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one of the networks': some people set ``padding_mode`` for pictures that tile."""
+    return conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros" and conv.bias is not None
 
 
 def all_untouched(layers: Iterable[nn.Module | None]) -> bool:
@@ -87,13 +93,29 @@ def all_untouched(layers: Iterable[nn.Module | None]) -> bool:
 
 
 def swap_layers(
-    network: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes
-) -> list[nn.Module]:
-    """Gives every untouched layer of one class the other class; returns those that changed."""
-    swapped = [m for m in network.modules() if type(m) in classes and not hooked(m)]
-    for module in swapped:
+    modules: Iterable[nn.Module], classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes
+) -> None:
+    """Gives every layer of one class the other class, hooked ones too: their hooks run around the other ``forward``."""
+    for module in [m for m in modules if type(m) in classes]:
         changes.set_class(module, classes[type(module)])
-    return swapped
+
+
+def modules(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules that passes may change: not those that ``torch.compile`` computes, nor what is beneath them."""
+    seen: set[nn.Module] = set()
+    waiting = [network]
+    while waiting:
+        module = waiting.pop()
+        if module in seen or is_compiled(module):
+            continue
+        seen.add(module)
+        yield module
+        waiting.extend(reversed([*module.children()]))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` made a module, or ``module.compile()`` was called."""
+    return "_orig_mod" in module._modules or vars(module).get("_compiled_call_impl") is not None
 
 
 class Situation(NamedTuple):

@@ -12,14 +12,16 @@ from russet.backends.blocks.transformer import (
     OptimizedTransformer2D,
     OptimizedTransformerBlock,
 )
-from russet.backends.blocks.unet import OptimizedUNet
+from russet.backends.blocks.unet import OptimizedCrossAttnMidBlock, OptimizedMidBlock, OptimizedUNet
 from russet.backends.blocks.vae import OptimizedDecoder, OptimizedEncoder, OptimizedVAEAttention
 from russet.backends.ops import hooked
+from russet.models import vae_blocks
 from russet.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from russet.models.transformer import GEGLU, Attention, BasicTransformerBlock, FeedForward, Transformer2DModel
 from russet.models.unet import UNet2DConditionModel
-from russet.models.vae_blocks import Decoder, Encoder, VAEAttention
-from russet.passes.base import OWN, Changes, untouched
+from russet.models.unet_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
+from russet.models.vae_blocks import Decoder, Encoder, UpDecoderBlock2D, VAEAttention
+from russet.passes.base import OWN, Changes, all_untouched, modules, untouched
 
 OPTIMIZED: dict[type[nn.Module], type[nn.Module]] = {
     GEGLU: OptimizedGEGLU,
@@ -33,27 +35,42 @@ OPTIMIZED: dict[type[nn.Module], type[nn.Module]] = {
     Upsample2D: OptimizedUpsample,
     Encoder: OptimizedEncoder,
     Decoder: OptimizedDecoder,
+    UNetMidBlock2D: OptimizedMidBlock,
+    UNetMidBlock2DCrossAttn: OptimizedCrossAttnMidBlock,
     UNet2DConditionModel: OptimizedUNet,
 }
 
 
-KNOWN = {*OWN, *OPTIMIZED, *OPTIMIZED.values(), nn.ModuleList, nn.Sequential}
-"""Classes of modules that are as Russet made them."""
+CONTAINERS = {nn.ModuleList, nn.Sequential, UpDecoderBlock2D, vae_blocks.UNetMidBlock2D}
+"""Classes of modules that only hold others."""
 
 
 def optimize_blocks(network: nn.Module, changes: Changes) -> None:
     """Gives every block that is as Russet made it its optimized class; does nothing the second time."""
-    for module in [m for m in network.modules() if type(m) in OPTIMIZED]:
+    for module in [m for m in modules(network) if type(m) in OPTIMIZED]:
         if is_ours(module):
             changes.set_class(module, OPTIMIZED[type(module)])
 
 
 def is_ours(block: nn.Module) -> bool:
     """Whether nobody watches a block, nor has put anything else in place of what it computes with."""
-    if isinstance(block, (UNet2DConditionModel, Encoder)):  # they call what they hold, whatever it is
-        return True
+    if hooked(block):
+        return False
+    # These call the blocks that they hold, whatever they are, and read no more than layers of their own.
     if isinstance(block, Transformer2DModel):
-        return not hooked(block) and all(untouched(layer) for layer in (block.norm, block.proj_in, block.proj_out))
-    if isinstance(block, Decoder):  # a layer's output is overwritten by the next one
-        return not any(hooked(module) for module in block.modules())
-    return all(type(module) in KNOWN and not hooked(module) for module in block.modules())
+        return all_untouched([block.norm, block.proj_in, block.proj_out])
+    if isinstance(block, (UNet2DConditionModel, Encoder)):
+        return all_untouched([block.conv_in, block.conv_norm_out, block.conv_out])
+    if isinstance(block, (UNetMidBlock2D, UNetMidBlock2DCrossAttn)):
+        return True
+    # A decoder's layers overwrite what the one before them gave: each must be ours, as in the smaller blocks.
+    dropouts = {part.net[1] for part in block.modules() if isinstance(part, FeedForward)}
+    return all(is_known(part) or (part in dropouts and not hooked(part)) for part in block.modules())
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is as Russet made it, or as a pass has left it."""
+    if type(module) in OWN:
+        return untouched(module)
+    ours = type(module) in CONTAINERS or type(module) in OPTIMIZED
+    return (ours or type(module).__module__.startswith("russet.backends.")) and not hooked(module)

@@ -6,7 +6,7 @@ from torch import nn
 
 from russet.backends.blocks.transformer import OptimizedGEGLU
 from russet.models.transformer import GEGLU
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, untouched
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, modules, untouched
 
 
 def decide(situation: Situation) -> tuple[bool, str]:
@@ -26,7 +26,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     from russet.backends.triton.layers import FusedGEGLU, TritonGEGLU  # Triton is installed where the plan chose it
 
     if name == "unet":
-        for module in network.modules():
+        for module in modules(network):
             if type(module) in (GEGLU, OptimizedGEGLU, TritonGEGLU) and all(map(untouched, module.children())):
                 changes.set_class(module, FusedGEGLU)
 

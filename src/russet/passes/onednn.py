@@ -7,7 +7,7 @@ from torch import nn
 from russet.backends.cpu.convolution import CpuConv2d
 from russet.backends.cpu.linear import OneDNNLinear, OneDNNTokenProjection
 from russet.models.transformer import TokenProjection
-from russet.passes.base import Changes, Choices, Pass, Situation, swap_layers
+from russet.passes.base import Changes, Choices, Pass, Situation, modules, swap_layers
 
 X86 = ("x86_64", "AMD64")  # as Python names it on Linux and Windows
 
@@ -19,10 +19,10 @@ def decide(situation: Situation) -> tuple[bool, str]:
 
 
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
-    swap_layers(network, {nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
+    swap_layers(modules(network), {nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
     if name in ("unet", "vae"):
-        swap_layers(network, {nn.Conv2d: CpuConv2d}, changes)
-        for module in network.modules():
+        swap_layers(modules(network), {nn.Conv2d: CpuConv2d}, changes)
+        for module in modules(network):
             if type(module) is CpuConv2d:
                 changes.set(module, "by_onednn", True)
 

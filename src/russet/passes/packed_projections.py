@@ -17,7 +17,7 @@ from russet.backends.blocks.transformer import OptimizedAttention
 from russet.backends.blocks.unet import OptimizedUNet
 from russet.backends.gemm_heuristics import ONES
 from russet.backends.ops import flat_linear
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Pass, Situation, modules
 from russet.passes.blocks import optimize_blocks
 
 
@@ -96,18 +96,23 @@ def decide(situation: Situation) -> tuple[bool, str]:
 
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     optimize_blocks(network, changes)
-    for module in network.modules():
+    for module in modules(network):
         if isinstance(module, OptimizedAttention) and packs(module):
             changes.set(module, "packed", PackedLinears([module.to_q, module.to_k, module.to_v], spare=ONES))
     if isinstance(network, OptimizedUNet):
-        blocks = [block for block in network.modules() if isinstance(block, OptimizedResnet) and adds_time(block)]
-        if blocks:
+        blocks = [block for block in modules(network) if isinstance(block, OptimizedResnet) and adds_time(block)]
+        if blocks and alike([block.time_emb_proj for block in blocks if block.time_emb_proj is not None]):
             changes.set(network, "packed_time", PackedTimeProjections(blocks))
 
 
 def packs(layer: OptimizedAttention) -> bool:
-    """Whether a layer's three projections have one input, the tokens themselves."""
-    return layer.to_q.in_features == layer.to_k.in_features and not layer.is_cross_attention
+    """Whether a layer's three projections have one input, the tokens themselves, and are of one kind."""
+    return not layer.is_cross_attention and alike([layer.to_q, layer.to_k, layer.to_v])
+
+
+def alike(layers: Sequence[nn.Linear]) -> bool:
+    """Whether layers can be one: of one width and dtype, and all or none with a bias, which one put in may have."""
+    return len({(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in layers}) == 1
 
 
 def adds_time(block: OptimizedResnet) -> bool:

@@ -27,9 +27,9 @@ from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
 from russet.backends.ops import flat_linear
 from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
-from russet.models.attention import padded_heads, padded_size
+from russet.models.attention import AttentionFunction, padded, padded_heads, padded_size
 from russet.models.transformer import Attention, BasicTransformerBlock
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, modules
 from russet.passes.blocks import optimize_blocks
 from russet.passes.packed_projections import PackedLinears, packs
 
@@ -109,7 +109,7 @@ class FusedResiduals:
         self.bias = carried_bias(feed_forward.last, proj_out)
         self._attention: dict[BasicTransformerBlock, ResidualAttention] = {}
         for block in blocks if copies else ():
-            if isinstance(block.attn1, OptimizedAttention) and packs(block.attn1):
+            if isinstance(block.attn1, OptimizedAttention) and sums(block.attn1):
                 self._attention[block] = ResidualAttention(block.attn1)
 
     def self_attention(self, block: BasicTransformerBlock) -> ResidualAttention | None:
@@ -142,21 +142,36 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     optimize_blocks(network, changes)
     copies, rows = choices["residual_fusion"] == "with weight copies", choices.rows
-    for module in network.modules():
+    for module in modules(network):
         if isinstance(module, OptimizedTransformer2D) and fuses(module):
             changes.set(module, "fused_residuals", FusedResiduals(module, copies))
-        if copies and isinstance(module, OptimizedResnet) and module.conv_shortcut is not None:
-            weight = module.conv_shortcut.weight
-            if rows * weight.numel() * weight.element_size() <= REPEATED:
-                changes.set(module, "shortcut_product", ShortcutProduct(module.conv2, module.conv_shortcut, rows))
+        if copies and isinstance(module, OptimizedResnet) and (shortcut := module.conv_shortcut) is not None:
+            size = rows * shortcut.weight.numel() * shortcut.weight.element_size()
+            if size <= REPEATED and shortcut.kernel_size == shortcut.stride == (1, 1) and shortcut.padding == (0, 0):
+                changes.set(module, "shortcut_product", ShortcutProduct(module.conv2, shortcut, rows))
 
 
 def fuses(transformer: OptimizedTransformer2D) -> bool:
-    """Whether all blocks of a transformer are as Russet made them."""
-    blocks = transformer.transformer_blocks
-    return len(blocks) > 0 and all(
-        isinstance(block, OptimizedTransformerBlock) and isinstance(block.ff, OptimizedFeedForward) for block in blocks
-    )
+    """Whether all blocks of a transformer are as Russet made them, and the biases are there."""
+    last: nn.Module | None = None
+    for block in transformer.transformer_blocks:
+        last = block.ff if isinstance(block, OptimizedTransformerBlock) else None
+        if not isinstance(last, OptimizedFeedForward):
+            return False
+    proj_out = transformer.proj_out
+    assert isinstance(proj_out, (nn.Linear, nn.Conv2d))
+    return last is not None and last.last.bias is not None and proj_out.bias is not None
+
+
+def sums(layer: OptimizedAttention) -> bool:
+    """Whether self-attention can be added within its product, which overwrites the values that it attended to."""
+    return packs(layer) and layer.to_out[0].bias is not None and is_own(layer.attention)
+
+
+def is_own(attention: AttentionFunction) -> bool:
+    """Whether a function is one of ours, which keeps nothing of what it was given."""
+    inner = getattr(attention, "inner", None)
+    return getattr(attention, "__module__", "") == padded.__module__ and (inner is None or is_own(inner))
 
 
 def copied_bytes(situation: Situation, pad: tuple[int, ...] = ()) -> int:

@@ -6,7 +6,7 @@ from torch import nn
 
 from russet.backends.blocks.transformer import OptimizedGEGLU
 from russet.models.transformer import GEGLU
-from russet.passes.base import Changes, Choices, Footprint, Pass, Situation
+from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, modules
 from russet.passes.blocks import OPTIMIZED, optimize_blocks
 
 
@@ -24,7 +24,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     optimize_blocks(network, changes)
     ops = TritonOps()
-    for module in network.modules():
+    for module in modules(network):
         if isinstance(module, tuple(OPTIMIZED.values())) and hasattr(module, "ops"):
             changes.set(module, "ops", ops)
         if type(module) in (GEGLU, OptimizedGEGLU):

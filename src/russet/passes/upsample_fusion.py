@@ -9,7 +9,7 @@ from torch import nn
 
 from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.models.resnet import Upsample2D
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, modules
 from russet.passes.blocks import is_ours
 
 
@@ -28,7 +28,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     from russet.backends.triton.layers import TransposedUpsample  # Triton is installed where the plan chose it
 
     if name in ("unet", "vae"):
-        for module in network.modules():
+        for module in modules(network):
             if type(module) in (Upsample2D, OptimizedUpsample) and is_ours(module):
                 changes.set_class(module, TransposedUpsample)
 

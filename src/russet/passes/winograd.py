@@ -7,7 +7,7 @@ from torch import nn
 from russet.backends.blocks.resnet import OptimizedUpsample
 from russet.backends.cpu.convolution import CpuConv2d, WinogradUpsample
 from russet.models.resnet import Upsample2D
-from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, swap_layers
+from russet.passes.base import Changes, Choices, Footprint, Pass, Situation, modules, swap_layers
 from russet.passes.blocks import is_ours
 
 
@@ -21,8 +21,8 @@ def decide(situation: Situation) -> tuple[bool, str]:
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name not in ("unet", "vae"):
         return
-    swap_layers(network, {nn.Conv2d: CpuConv2d}, changes)
-    for module in network.modules():
+    swap_layers(modules(network), {nn.Conv2d: CpuConv2d}, changes)
+    for module in modules(network):
         if type(module) is CpuConv2d:
             changes.set(module, "by_winograd", True)
         elif type(module) in (Upsample2D, OptimizedUpsample) and is_ours(module):

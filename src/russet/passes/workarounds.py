@@ -37,15 +37,15 @@ OFF: Mapping[str, Any] = {
 def apply(network: nn.Module, choices: Choices, changes: Changes) -> None:
     """Swaps what the plan's decisions on layers ask for."""
     if choices["group_norm"] == "composed":
-        swap_layers(network, {nn.GroupNorm: ComposedGroupNorm}, changes)
+        swap_layers(network.modules(), {nn.GroupNorm: ComposedGroupNorm}, changes)
     if choices["layer_norm"] == "float32":
-        swap_layers(network, {nn.LayerNorm: Float32LayerNorm}, changes)
+        swap_layers(network.modules(), {nn.LayerNorm: Float32LayerNorm}, changes)
     if choices["duplicate_single_rows"]:
         pair(network, changes)
     if choices["flatten_linear_inputs"]:
-        swap_layers(network, {nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
+        swap_layers(network.modules(), {nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
     if choices["float32_gelu"]:
-        swap_layers(network, {GEGLU: Float32GEGLU}, changes)
+        swap_layers(network.modules(), {GEGLU: Float32GEGLU}, changes)
         for module in network.modules():
             if vars(module).get("act") is F.gelu:
                 changes.set(module, "act", float32_gelu)
