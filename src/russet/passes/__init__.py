@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from russet.passes import (
@@ -52,10 +53,11 @@ def apply(network: nn.Module, name: str, choices: Choices) -> Changes:
     """Changes the network of a component as was decided; ``undo()`` of what is returned restores it exactly."""
     changes = Changes()
     try:
-        workarounds.apply(network, choices, changes)
-        for one in PASSES:
-            if choices[one.name] != one.off:
-                one.apply(network, name, choices, changes)
+        with torch.inference_mode(False), torch.no_grad():  # weights that are laid anew can still be trained
+            workarounds.apply(network, choices, changes)
+            for one in PASSES:
+                if choices[one.name] != one.off:
+                    one.apply(network, name, choices, changes)
     except BaseException:
         changes.undo()
         raise

@@ -153,14 +153,12 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 
 def fuses(transformer: OptimizedTransformer2D) -> bool:
     """Whether all blocks of a transformer are as Russet made them, and the biases are there."""
-    last: nn.Module | None = None
-    for block in transformer.transformer_blocks:
-        last = block.ff if isinstance(block, OptimizedTransformerBlock) else None
-        if not isinstance(last, OptimizedFeedForward):
-            return False
-    proj_out = transformer.proj_out
-    assert isinstance(proj_out, (nn.Linear, nn.Conv2d))
-    return last is not None and last.last.bias is not None and proj_out.bias is not None
+    blocks, parts = transformer.transformer_blocks, []
+    for block in blocks:
+        if isinstance(block, OptimizedTransformerBlock) and isinstance(block.ff, OptimizedFeedForward):
+            parts.append(block.ff)
+    biases = [part.last.bias for part in parts[-1:]] + [transformer.proj_out.bias]
+    return 0 < len(parts) == len(blocks) and all(bias is not None for bias in biases)
 
 
 def sums(layer: OptimizedAttention) -> bool:
