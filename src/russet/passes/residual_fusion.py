@@ -153,10 +153,12 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
 
 def fuses(transformer: OptimizedTransformer2D) -> bool:
     """Whether all blocks of a transformer are as Russet made them, and the biases are there."""
-    blocks, parts = transformer.transformer_blocks, []
-    for block in blocks:
-        if isinstance(block, OptimizedTransformerBlock) and isinstance(block.ff, OptimizedFeedForward):
-            parts.append(block.ff)
+    blocks = transformer.transformer_blocks
+    parts = [
+        block.ff
+        for block in blocks
+        if isinstance(block, OptimizedTransformerBlock) and isinstance(block.ff, OptimizedFeedForward)
+    ]
     biases = [part.last.bias for part in parts[-1:]] + [transformer.proj_out.bias]
     return 0 < len(parts) == len(blocks) and all(bias is not None for bias in biases)
 
