@@ -173,5 +173,7 @@ def flat_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def hooked(layer: nn.Module) -> bool:
-    """Whether a hook watches or feeds a layer as it is called, so that its weights must not be read directly."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
+    """Whether a layer has hooks, a ``forward`` of its own, or is compiled: it must be called, not read."""
+    own = vars(layer)
+    hooks = layer._forward_pre_hooks or layer._forward_hooks
+    return bool(hooks) or "forward" in own or own.get("_compiled_call_impl") is not None

@@ -228,6 +228,7 @@ def drawn(unet: Model, x: Tensor, text: Tensor) -> Tensor:
 def with_passes(unet: Model, x: Tensor, text: Tensor) -> Tensor:
     """As in a run on mps: with the prompt folded into weights, precomputed times, and residual fusion."""
     wanted = {
+        "shared_prefix": True,
         "packed_projections": True,
         "residual_fusion": "with weight copies",
         "timestep_embeddings": "precomputed",

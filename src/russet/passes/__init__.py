@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from russet.passes import (
@@ -59,10 +60,11 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes | No
     """
     changes = Changes(network) if changes is None else changes
     try:
-        workarounds.apply(network, choices, changes)
-        for one in PASSES:
-            if choices[one.name] != one.off:
-                one.apply(network, name, choices, changes)
+        with torch.inference_mode(False), torch.no_grad():  # weights that are laid anew can still be trained
+            workarounds.apply(network, choices, changes)
+            for one in PASSES:
+                if choices[one.name] != one.off:
+                    one.apply(network, name, choices, changes)
     except BaseException:
         changes.undo()
         raise

@@ -8,7 +8,7 @@ passes are applied; gradients are computed by the plain ``forward``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,7 +41,6 @@ OWN = {
     TokenProjection,
     FlatTokenProjection,
     OneDNNTokenProjection,
-    nn.Identity,
 }
 """Classes of layers that are nothing but their weights."""
 
@@ -53,14 +52,13 @@ class Changes:
     """What passes have changed in a network, in order, so that it can be undone.
 
     Attributes:
-        modules: the network and all beneath it, each once, as they are when passes are applied.
-        skipped: those among them that passes leave alone, with all beneath: what the user has compiled.
+        modules: the modules that passes may change, each once, as they are when passes are applied: the network and all
+            beneath it but what ``torch.compile`` computes.
         blocks_optimized: whether ``optimize_blocks`` has been here.
     """
 
-    def __init__(self, network: nn.Module, skipped: Container[nn.Module] = ()) -> None:
-        self.modules = tuple(module for module in every_module(network) if module not in skipped)
-        self.skipped = skipped
+    def __init__(self, network: nn.Module) -> None:
+        self.modules = tuple(changeable(network))
         self.blocks_optimized = False
         self._undo: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, value, value before
 
@@ -90,21 +88,38 @@ class Changes:
 ABSENT = object()
 
 
-def every_module(network: nn.Module) -> Iterator[nn.Module]:
-    """The network and all beneath it, each once; several times faster than ``network.modules()``."""
+def changeable(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules that passes may change; several times faster than ``network.modules()``."""
     seen, left = {network}, [network]
     while left:
         module = left.pop()
+        if is_compiled(module):
+            continue
         yield module
-        for child in module._modules.values():
+        for child in reversed(module._modules.values()):
             if child is not None and child not in seen:
                 seen.add(child)
                 left.append(child)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` computes a module, or one of its methods: it traces plain operations only."""
+    own = vars(module)
+    if "_orig_mod" in module._modules or own.get("_compiled_call_impl") is not None:
+        return True
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in own.values())
+
+
 def untouched(layer: nn.Module | None) -> bool:
     """Whether a layer is nothing but its weights: of a known class, with no hooks; an absent layer is, too."""
-    return layer is None or (type(layer) in OWN and not hooked(layer))
+    if layer is None:
+        return True
+    return type(layer) in OWN and not hooked(layer) and (not isinstance(layer, nn.Conv2d) or is_plain_conv(layer))
+
+
+def is_plain_conv(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one of the networks': some people set ``padding_mode`` for pictures that tile."""
+    return conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros" and conv.bias is not None
 
 
 def holds_untouched(block: nn.Module) -> bool:
@@ -112,10 +127,12 @@ def holds_untouched(block: nn.Module) -> bool:
     return not hooked(block) and all(map(untouched, block.children()))
 
 
-def swap_layers(classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes) -> None:
-    """Gives every untouched layer of one class the other class."""
-    for module in changes.modules:
-        if type(module) in classes and not hooked(module):
+def swap_layers(
+    modules: Iterable[nn.Module], classes: Mapping[type[nn.Module], type[nn.Module]], changes: Changes
+) -> None:
+    """Gives every layer of one class the other class, hooked ones too: their hooks run around the other ``forward``."""
+    for module in modules:
+        if type(module) in classes:
             changes.set_class(module, classes[type(module)])
 
 

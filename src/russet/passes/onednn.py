@@ -19,9 +19,9 @@ def decide(situation: Situation) -> tuple[bool, str]:
 
 
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
-    swap_layers({nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
+    swap_layers(changes.modules, {nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection}, changes)
     if name in ("unet", "vae"):
-        swap_layers({nn.Conv2d: CpuConv2d}, changes)
+        swap_layers(changes.modules, {nn.Conv2d: CpuConv2d}, changes)
         for module in changes.modules:
             if type(module) is CpuConv2d:
                 changes.set(module, "by_onednn", True)

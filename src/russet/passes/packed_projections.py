@@ -99,13 +99,18 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
             changes.set(module, "packed", PackedLinears([module.to_q, module.to_k, module.to_v], spare=ONES))
     if isinstance(network, OptimizedUNet):
         blocks = [block for block in changes.modules if isinstance(block, OptimizedResnet) and adds_time(block)]
-        if blocks:
+        if blocks and alike([block.time_emb_proj for block in blocks if block.time_emb_proj is not None]):
             changes.set(network, "packed_time", PackedTimeProjections(blocks))
 
 
 def packs(layer: OptimizedAttention) -> bool:
-    """Whether a layer's three projections have one input, the tokens themselves."""
-    return layer.to_q.in_features == layer.to_k.in_features and not layer.is_cross_attention
+    """Whether a layer's three projections have one input, the tokens themselves, and are of one kind."""
+    return not layer.is_cross_attention and alike([layer.to_q, layer.to_k, layer.to_v])
+
+
+def alike(layers: Sequence[nn.Linear]) -> bool:
+    """Whether layers can be one: of one width and dtype, and all or none with a bias, which one put in may have."""
+    return len({(one.in_features, one.weight.dtype, one.weight.device, one.bias is None) for one in layers}) == 1
 
 
 def adds_time(block: OptimizedResnet) -> bool:

@@ -28,9 +28,9 @@ from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
 from russet.models.attention import is_fused, padded_heads
 from russet.models.transformer import Attention
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, every_module
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, changeable
 from russet.passes.blocks import optimize_blocks
-from russet.passes.packed_projections import PackedLinears
+from russet.passes.packed_projections import PackedLinears, alike
 
 PACKED, FOLDED = "packed keys and values", "folded into weights"
 
@@ -85,7 +85,7 @@ class PromptCache(Context):
         self._keys_values: dict[Attention, tuple[Tensor, Tensor]] = {}
         self._folded: dict[Attention, Folded] = {}
         for layer, keys, values in self._projected():
-            if fold and is_fused(layer.attention):
+            if fold and is_fused(layer.attention) and folds(layer):
                 self._folded[layer] = Folded(layer, layer.split_heads(keys), layer.split_heads(values))
             else:
                 self._keys_values[layer] = as_heads(layer, keys, values)
@@ -125,6 +125,11 @@ class PromptCache(Context):
         return cache
 
 
+def folds(layer: OptimizedAttention) -> bool:
+    """Whether a text fits into the weights around it: queries have no bias, and an output's bias is spread."""
+    return layer.to_q.bias is None and isinstance(layer.to_out[0], nn.Linear)
+
+
 def as_heads(layer: Attention, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [R, M, C] as heads [R, H, M, D], padded if the layer's attention pads them."""
     k, v = (padded_heads(layer.attention, layer.split_heads(x)) for x in (keys, values))
@@ -133,7 +138,7 @@ def as_heads(layer: Attention, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
 
 def text_layers(unet: nn.Module) -> list[OptimizedAttention]:
     """The layers that attend to the text, those that somebody has changed left out."""
-    return [m for m in every_module(unet) if isinstance(m, OptimizedAttention) and m.is_cross_attention]
+    return [m for m in changeable(unet) if isinstance(m, OptimizedAttention) and m.is_cross_attention]
 
 
 def cached_prompt(unet: nn.Module, context: Tensor, value: str) -> Context | Tensor:
@@ -170,11 +175,9 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     if name != "unet":
         return
     optimize_blocks(network, changes)
-    layers = text_layers(network)
-    if choices["prompt_cache"] == PACKED and layers and hasattr(Tensor, "untyped_storage"):
-        changes.set(
-            network, "packed_texts", PackedLinears([one for layer in layers for one in (layer.to_k, layer.to_v)])
-        )
+    projections = [one for layer in text_layers(network) for one in (layer.to_k, layer.to_v)]
+    if choices["prompt_cache"] == PACKED and alike(projections) and hasattr(Tensor, "untyped_storage"):
+        changes.set(network, "packed_texts", PackedLinears(projections))
 
 
 def cached_bytes(situation: Situation) -> int:

@@ -27,7 +27,7 @@ from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
 from russet.backends.ops import flat_linear
 from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
-from russet.models.attention import padded_heads, padded_size
+from russet.models.attention import AttentionFunction, padded, padded_heads, padded_size
 from russet.models.transformer import Attention, BasicTransformerBlock
 from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
@@ -109,7 +109,7 @@ class FusedResiduals:
         self.bias = carried_bias(feed_forward.last, proj_out)
         self._attention: dict[BasicTransformerBlock, ResidualAttention] = {}
         for block in blocks if copies else ():
-            if isinstance(block.attn1, OptimizedAttention) and packs(block.attn1):
+            if isinstance(block.attn1, OptimizedAttention) and sums(block.attn1):
                 self._attention[block] = ResidualAttention(block.attn1)
 
     def self_attention(self, block: BasicTransformerBlock) -> ResidualAttention | None:
@@ -145,18 +145,33 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
     for module in changes.modules:
         if isinstance(module, OptimizedTransformer2D) and fuses(module):
             changes.set(module, "fused_residuals", FusedResiduals(module, copies))
-        if copies and isinstance(module, OptimizedResnet) and module.conv_shortcut is not None:
-            weight = module.conv_shortcut.weight
-            if rows * weight.numel() * weight.element_size() <= REPEATED:
-                changes.set(module, "shortcut_product", ShortcutProduct(module.conv2, module.conv_shortcut, rows))
+        if copies and isinstance(module, OptimizedResnet) and (shortcut := module.conv_shortcut) is not None:
+            size = rows * shortcut.weight.numel() * shortcut.weight.element_size()
+            if size <= REPEATED and shortcut.kernel_size == shortcut.stride == (1, 1) and shortcut.padding == (0, 0):
+                changes.set(module, "shortcut_product", ShortcutProduct(module.conv2, shortcut, rows))
 
 
 def fuses(transformer: OptimizedTransformer2D) -> bool:
-    """Whether all blocks of a transformer are as Russet made them."""
+    """Whether all blocks of a transformer are as Russet made them, and the biases are there."""
     blocks = transformer.transformer_blocks
-    return len(blocks) > 0 and all(
-        isinstance(block, OptimizedTransformerBlock) and isinstance(block.ff, OptimizedFeedForward) for block in blocks
-    )
+    parts = [
+        block.ff
+        for block in blocks
+        if isinstance(block, OptimizedTransformerBlock) and isinstance(block.ff, OptimizedFeedForward)
+    ]
+    biases = [part.last.bias for part in parts[-1:]] + [transformer.proj_out.bias]
+    return 0 < len(parts) == len(blocks) and all(bias is not None for bias in biases)
+
+
+def sums(layer: OptimizedAttention) -> bool:
+    """Whether self-attention can be added within its product, which overwrites the values that it attended to."""
+    return packs(layer) and layer.to_out[0].bias is not None and is_own(layer.attention)
+
+
+def is_own(attention: AttentionFunction) -> bool:
+    """Whether a function is one of ours, which keeps nothing of what it was given."""
+    inner = getattr(attention, "inner", None)
+    return getattr(attention, "__module__", "") == padded.__module__ and (inner is None or is_own(inner))
 
 
 def copied_bytes(situation: Situation, pad: tuple[int, ...] = ()) -> int:

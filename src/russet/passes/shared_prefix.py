@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from russet.backends.blocks.unet import OptimizedUNet
 from russet.passes.base import Changes, Choices, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
@@ -26,6 +27,8 @@ def decide(situation: Situation) -> tuple[bool, str]:
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name == "unet":
         optimize_blocks(network, changes)
+        if isinstance(network, OptimizedUNet):
+            changes.set(network, "shares_prefix", True)
 
 
 PASS = Pass(

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from russet.backends.blocks.inputs import TimeShifts
 from russet.backends.blocks.unet import OptimizedUNet
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.models.embeddings import TimestepEmbedding
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, holds_untouched
 from russet.passes.blocks import optimize_blocks
 
 AT_ONCE = 50  # times that are computed at once; Stable Diffusion 1.5's take 2 MB in half precision
@@ -25,9 +26,9 @@ class TimestepCache:
         self._made: dict[float, TimeShifts] = {}
 
     def __call__(self, t: float) -> TimeShifts | None:
-        """One time; None if it is no time of the run."""
+        """One time; None if it is no time of the run, or has to be computed in the call."""
         if t not in self._made:
-            if t not in self.timesteps:
+            if t not in self.timesteps or not self.unet.precomputes_times:
                 return None
             start = self.timesteps.index(t)
             coming = self.timesteps[start : start + AT_ONCE]
@@ -50,6 +51,13 @@ def decide(situation: Situation) -> tuple[str, str]:
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name == "unet":
         optimize_blocks(network, changes)
+        if isinstance(network, OptimizedUNet) and is_untouched_embedding(network.time_embedding):
+            changes.set(network, "precomputes_times", True)
+
+
+def is_untouched_embedding(embedding: nn.Module) -> bool:
+    """Whether nobody watches the layers of the time: who does sees one time in every step."""
+    return type(embedding) is TimestepEmbedding and holds_untouched(embedding)
 
 
 def precomputed_bytes(situation: Situation) -> int:

@@ -21,7 +21,7 @@ def decide(situation: Situation) -> tuple[bool, str]:
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     if name not in ("unet", "vae"):
         return
-    swap_layers({nn.Conv2d: CpuConv2d}, changes)
+    swap_layers(changes.modules, {nn.Conv2d: CpuConv2d}, changes)
     for module in changes.modules:
         if type(module) is CpuConv2d:
             changes.set(module, "by_winograd", True)

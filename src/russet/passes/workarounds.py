@@ -46,15 +46,15 @@ def norm_workspace(decided: Any) -> Callable[[int], int] | None:
 def apply(network: nn.Module, choices: Choices, changes: Changes) -> None:
     """Swaps what the plan's decisions on layers ask for."""
     if choices["group_norm"] == "composed":
-        swap_layers({nn.GroupNorm: ComposedGroupNorm}, changes)
+        swap_layers(changes.modules, {nn.GroupNorm: ComposedGroupNorm}, changes)
     if choices["layer_norm"] == "float32":
-        swap_layers({nn.LayerNorm: Float32LayerNorm}, changes)
+        swap_layers(changes.modules, {nn.LayerNorm: Float32LayerNorm}, changes)
     if choices["duplicate_single_rows"]:
         pair(changes)
     if choices["flatten_linear_inputs"]:
-        swap_layers({nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
+        swap_layers(changes.modules, {nn.Linear: FlatLinear, TokenProjection: FlatTokenProjection}, changes)
     if choices["float32_gelu"]:
-        swap_layers({GEGLU: Float32GEGLU}, changes)
+        swap_layers(changes.modules, {GEGLU: Float32GEGLU}, changes)
         for module in changes.modules:
             if vars(module).get("act") is F.gelu:
                 changes.set(module, "act", float32_gelu)

@@ -17,7 +17,7 @@ CACHE_LINE = 64  # bytes; torch's allocator begins all that it gives at a multip
 
 def applied(network: nn.Module, form: Form) -> Changes:
     """Has a network compute in a form, until ``undo``. What the user has compiled computes by its own operations."""
-    changes = Changes(network, compiled_modules(network))
+    changes = Changes(network)
     if form.attention is not None:
         for module in modules(network, anew=True):
             if isinstance(module, Attending):
@@ -26,19 +26,6 @@ def applied(network: nn.Module, form: Form) -> Changes:
         changes.set(network, "tiling", form.tiling)
     with torch.no_grad():
         return passes.apply(network, form.component, form.choices, changes)
-
-
-def compiled_modules(network: nn.Module) -> set[nn.Module]:
-    """Modules that the user has compiled, with all beneath: the compiler traces plain operations only."""
-    found: set[nn.Module] = set()
-    if any(hasattr(value, "_torchdynamo_orig_callable") for value in network.__dict__.values()):  # decode, forward
-        found.update(network.modules())
-    for module in modules(network):
-        if module not in found and (
-            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        ):
-            found.update(module.modules())
-    return found
 
 
 def lay_out(network: nn.Module, memory_format: str) -> None:

@@ -52,9 +52,9 @@ class TritonOps:
     def conv(
         self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, includes_bias: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        if not takes(x) or type(conv) is not nn.Conv2d or hooked(conv) or conv.bias is None or not warmup.ready():
+        if not takes(x) or not reads(conv) or conv.bias is None or not warmup.ready():
             return EAGER.conv(x, conv, shift, includes_bias=includes_bias)
-        if conv.kernel_size == (1, 1):  # a product, which adds its bias by itself
+        if conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0):  # a product, which adds its bias
             y = F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
         else:
             y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -119,6 +119,12 @@ def computes(x: Tensor) -> bool:
 def takes(x: Tensor) -> bool:
     """Whether the kernels take a map: channels-last."""
     return computes(x) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def reads(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is nothing but its weights, which may be read."""
+    plain = conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    return type(conv) is nn.Conv2d and plain and not hooked(conv)
 
 
 def takes_tokens(x: Tensor, norm: nn.LayerNorm) -> bool:
