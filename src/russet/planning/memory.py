@@ -9,7 +9,7 @@ from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
 from russet.models.tiny_vae import TinyVAEConfig
 from russet.models.unet_config import UNetConfig
 from russet.planning.activations import Arithmetic, Attended, decoder_peak, encoder_peak, tower_peak, unet_peak
-from russet.planning.plan_types import TEXT, AttentionChoice, Decisions
+from russet.planning.plan_types import COMPONENTS, TEXT, AttentionChoice, Decisions
 from russet.planning.workload import Workload
 
 CUDA_LIBRARIES = 2**26  # bytes that cuBLAS keeps to work in, measured on an H200 by benchmarks/memory.py
@@ -176,7 +176,7 @@ def reordered(found: Decisions) -> bool:
 
 def resident(workload: Workload, found: Decisions, phases: Iterable[str]) -> dict[str, int]:
     """Bytes of parameters that count against the device's memory in each phase."""
-    weights = {name: count * found.width(name) for name, count in workload.parameters.items()}
+    weights = {name: workload.parameters.get(name, 0) * found.width(name) for name in COMPONENTS}
     if found.offload == "sequential" and found.offload_target == "cpu":
         return {phase: largest_layer(OWNER[phase], workload) * found.width(OWNER[phase]) for phase in phases}
     if found.offload == "model" and found.offload_target != "device":
