@@ -21,7 +21,7 @@ from russet.models.transformer import GEGLU, Attention, BasicTransformerBlock, F
 from russet.models.unet import UNet2DConditionModel
 from russet.models.unet_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
 from russet.models.vae_blocks import Decoder, Encoder, UpDecoderBlock2D, VAEAttention
-from russet.passes.base import OWN, Changes, untouched
+from russet.passes.base import OWN, Changes, is_compiled, untouched
 
 OPTIMIZED: dict[type[nn.Module], type[nn.Module]] = {
     GEGLU: OptimizedGEGLU,

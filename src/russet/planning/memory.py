@@ -13,7 +13,7 @@ from russet.models.unet_footprint import deep_map, unet_peak
 from russet.models.vae_footprint import decoder_peak, encoder_peak
 from russet.passes import PASSES, workarounds
 from russet.passes.base import Footprint, Situation
-from russet.planning.plan_types import AttentionChoice, Decisions, Request
+from russet.planning.plan_types import COMPONENTS, AttentionChoice, Decisions, Request
 from russet.planning.workload import Workload
 
 CUDA_LIBRARIES = 2**26  # bytes that cuBLAS keeps to work in, measured on an H200 by benchmarks/memory.py
@@ -176,7 +176,7 @@ def reordered(found: Decisions) -> bool:
 
 def resident(workload: Workload, found: Decisions, phases: Iterable[str]) -> dict[str, int]:
     """Bytes of parameters that count against the device's memory in each phase."""
-    weights = {name: count * found.width(name) for name, count in workload.parameters.items()}
+    weights = {name: workload.parameters.get(name, 0) * found.width(name) for name in COMPONENTS}
     if found.offload == "sequential" and found.offload_target == "cpu":
         return {phase: largest_layer(OWNER[phase], workload) * found.width(OWNER[phase]) for phase in phases}
     if found.offload == "model" and found.offload_target != "device":
