@@ -5,7 +5,7 @@ What was changed is undone where it still is what was set: what a user has put t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ Change = tuple[nn.Module, str, Any, Any]  # module, attribute, value while appli
 class Applied:
     """A form that a network is in, until ``undo``."""
 
-    def __init__(self, network: nn.Module, form: Form) -> None:
+    def __init__(self, network: nn.Module, form: Form, *, compiled: bool = False) -> None:
         self.form = form
-        self._changes = [*changes(network, form)]
+        self._changes = [*changes(network, form, set(network.modules()) if compiled else compiled_modules(network))]
         for module, name, value, _ in self._changes:
             _set(module, name, value)
         self._fused = network if form.fused_residuals and isinstance(network, Model) else None
@@ -53,9 +53,8 @@ def _set(module: nn.Module, name: str, value: Any) -> None:
         module.__dict__[name] = value
 
 
-def changes(network: nn.Module, form: Form) -> Iterator[Change]:
+def changes(network: nn.Module, form: Form, compiled: Collection[nn.Module]) -> Iterator[Change]:
     """What is to be set in which module. Modules of classes that are not torch's or ours are left alone."""
-    compiled = compiled_modules(network)
     usual, gentle = class_changes(form), class_changes(form.for_compiled())
     for module in modules(network, anew=True):
         own = module in compiled

@@ -53,6 +53,7 @@ class ManagedNetwork:
         lock: held while weights move and while the network is at work.
         source: what reads the weights from their file; None where they came from elsewhere.
         handed_out: whether a user may hold the network and may have changed it.
+        compiled: whether ``torch.compile`` has wrapped it: it stays in memory then, and computes by plain operations.
         generation: a number that changes whenever weights have moved in memory.
     """
 
@@ -61,6 +62,7 @@ class ManagedNetwork:
         self.lock = threading.RLock()
         self.source: PendingWeights | None = None
         self.handed_out = False
+        self.compiled = False
         self.generation = 0
         self._changed = False
         self._as_read: changes.Snapshot | None = None
@@ -72,6 +74,7 @@ class ManagedNetwork:
         self._uses: list[Use] = []
         self._current: Use | None = None
         self._applied: Applied | None = None
+        self._wanted: Form | None = None  # before what a compiled network has otherwise
         self._streaming: Streaming | None = None
         self._own_dtype: torch.dtype | None = None  # while it computes in float32 for once
         self._arranged: Hashable = None
@@ -98,7 +101,7 @@ class ManagedNetwork:
     @property
     def droppable(self) -> bool:
         """Whether weights may be dropped as far as is known: they can be read again, and nobody has changed them."""
-        return self.source is not None and not self._changed
+        return self.source is not None and not self._changed and not self.compiled
 
     def is_at(self, device: torch.device) -> bool:
         return weights.is_at(self.network, device)
@@ -214,7 +217,7 @@ class ManagedNetwork:
 
     def _may_drop(self) -> bool:
         """Whether the weights are those of the file, in every way in which a user may have changed them."""
-        if self.source is None:
+        if self.source is None or self.compiled:
             return False
         if not self.in_memory:
             return True
@@ -333,7 +336,7 @@ class ManagedNetwork:
             for other in _visitors():
                 if other is not self and not other._uses and other._device == form.device:
                     other.rest()
-            if self._applied is not None and self._applied.form != form:
+            if self._applied is not None and self._wanted != form:
                 self._end_form()
             self._arrive(form)
             if self._applied is None:
@@ -356,7 +359,9 @@ class ManagedNetwork:
 
     def _begin_form(self, form: Form) -> None:
         network = self.network
-        form = form.for_compiled() if is_compiled(network) else form
+        self._wanted = form
+        compiled = self.compiled or is_compiled(network)
+        form = form.for_compiled() if compiled else form
         modules(network, anew=True)
         wanted = form.memory_format, form.packed, form.streamed
         if self._arranged != (wanted, places(network)):
@@ -368,7 +373,7 @@ class ManagedNetwork:
             freed_memory.keep(self, form.freed_memory)
         if form.streamed and form.device != CPU:
             self._streaming = Streaming(network, form.device)
-        self._applied = Applied(network, form)
+        self._applied = Applied(network, form, compiled=compiled)
 
     def _end_form(self) -> None:
         """Undoes the form: a plain network, where it is."""
@@ -416,11 +421,14 @@ _LOCK = threading.RLock()
 
 def of(network: nn.Module) -> ManagedNetwork:
     """The one object that manages a network; of one that ``torch.compile`` has wrapped, that of the network itself."""
-    inner = network.__dict__.get("_modules", {}).get("_orig_mod", network)
+    if (known := _MANAGED.get(network)) is not None:
+        return known
+    inner = network.__dict__["_modules"].get("_orig_mod", network)
     with _LOCK:
-        if inner not in _MANAGED:
-            _MANAGED[inner] = ManagedNetwork(inner)
-        return _MANAGED[inner]
+        managed = _MANAGED.get(inner) or ManagedNetwork(inner)
+        managed.compiled = managed.compiled or inner is not network
+        _MANAGED[inner] = _MANAGED[network] = managed
+        return managed
 
 
 def _visitors() -> list[ManagedNetwork]:
@@ -439,8 +447,8 @@ def _leave(managed: ManagedNetwork) -> None:
 
 
 def _turn(device: torch.device) -> threading.RLock:
-    with _LOCK:
-        return _TURNS.setdefault(device, threading.RLock())
+    found = _TURNS.get(device)
+    return found if found is not None else _TURNS.setdefault(device, threading.RLock())
 
 
 class AtWork:
