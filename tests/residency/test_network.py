@@ -8,6 +8,7 @@ import gc
 import pickle
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,15 @@ def test_a_network_without_weights_and_without_a_file_is_refused(own: Any) -> No
     own.vae = copy.deepcopy(own.vae).to("meta")
     with pytest.raises(russet.RussetError, match="no file to read them from"):
         own("a horse", **FAST)
+
+
+def test_a_network_that_nobody_holds_is_freed(tiny_folder: Path) -> None:
+    pipe = opened(tiny_folder)
+    pipe("a horse", **FAST)
+    networks = [weakref.ref(network) for network in pipe.networks.values()]
+    del pipe
+    gc.collect()
+    assert [network() for network in networks] == [None] * len(networks)
 
 
 def test_plans_are_told_apart_by_identity(own: Any) -> None:

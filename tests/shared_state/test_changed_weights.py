@@ -141,11 +141,7 @@ LOSSES = {
 
 
 def cases() -> list[Any]:
-    found = []
-    for loss in LOSSES:
-        for change in CHANGES:
-            found.append(pytest.param(loss, change, id=f"{loss}, {change}"))
-    return found
+    return [pytest.param(loss, change, id=f"{loss}, {change}") for loss in LOSSES for change in CHANGES]
 
 
 @pytest.mark.parametrize(("loss", "change"), cases())
