@@ -30,7 +30,7 @@ ALLOWED = {
     "backends": ROOT | {"models"},
     "planning": ROOT | {"models", "hardware", "backends"},
     "checkpoints": ROOT | {"images", "text", "models", "schedulers"},
-    "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints", "generate", "pipelines"},
+    "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints"},
     "generate": ROOT
     | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "residency", "pipelines"},
 }

@@ -55,7 +55,9 @@ def _torch_that_packs(request: Any) -> None:
 
 
 def exact(case: Case) -> bool:
-    return all(name in EXACT or (name, value) == ("prompt_cache", "keys and values") for name, value in case.values.items())
+    return all(
+        name in EXACT or (name, value) == ("prompt_cache", "keys and values") for name, value in case.values.items()
+    )
 
 
 def check(found: Tensor, expected: Tensor, case: Case) -> None:

@@ -138,17 +138,10 @@ LOSSES = {
     "save_pretrained": saved,
     "a second pipeline": second_pipeline,
 }
-DROPPED = "weights that the plan drops are read from the file again, without what was changed in them"
-LOST = {"model offload", "model offload, the second picture", "model offload and save_pretrained"}
 
 
 def cases() -> list[Any]:
-    found = []
-    for loss in LOSSES:
-        for change in CHANGES:
-            marks = [pytest.mark.xfail(strict=True, reason=DROPPED)] if loss in LOST else []
-            found.append(pytest.param(loss, change, marks=marks, id=f"{loss}, {change}"))
-    return found
+    return [pytest.param(loss, change, id=f"{loss}, {change}") for loss in LOSSES for change in CHANGES]
 
 
 @pytest.mark.parametrize(("loss", "change"), cases())
@@ -178,7 +171,7 @@ def test_a_changed_weight_is_in_a_single_file(change: str, tiny_folder: Path, tm
 
 @pytest.mark.parametrize(
     "component",
-    [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=DROPPED)) for name in LAYERS],
+    LAYERS,
 )
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_weight_survives_offload_on_a_mac(change: str, component: str) -> None:

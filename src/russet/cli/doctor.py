@@ -121,7 +121,7 @@ def forecast_lines(forecast: Forecast, width: int) -> Iterator[str]:
 
 
 def plan_summary(title: str, plan: Plan) -> str:
-    from russet.planning.plan_types import gigabytes
+    from russet.hardware.facts import gigabytes
 
     return f"{title} takes at most {gigabytes(plan.peak)} of {gigabytes(plan.facts.budget)}, in {plan.dtype('unet')}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from russet import passes
@@ -15,8 +14,11 @@ from russet.residency.form import MEMORY_FORMATS, Form
 CACHE_LINE = 64  # bytes; torch's allocator begins all that it gives at a multiple of this
 
 
-def applied(network: nn.Module, form: Form) -> Changes:
-    """Has a network compute in a form, until ``undo``. What the user has compiled computes by its own operations."""
+def applied(network: nn.Module, form: Form, *, compiled: bool = False) -> Changes:
+    """Has a network compute in a form, until ``undo``.
+
+    What the user has compiled, or all of it if ``torch.compile`` has wrapped it, computes by its own operations.
+    """
     changes = Changes(network)
     if form.attention is not None:
         for module in modules(network, anew=True):
@@ -24,8 +26,7 @@ def applied(network: nn.Module, form: Form) -> Changes:
                 changes.set(module, "attention", form.attention)
     if form.tiling is not None and isinstance(network, Autoencoder):
         changes.set(network, "tiling", form.tiling)
-    with torch.no_grad():
-        return passes.apply(network, form.component, form.choices, changes)
+    return changes if compiled else passes.apply(network, form.component, form.choices, changes)
 
 
 def lay_out(network: nn.Module, memory_format: str) -> None:

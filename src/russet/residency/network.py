@@ -54,6 +54,7 @@ class ManagedNetwork:
         lock: held while weights move and while the network is at work.
         source: what reads the weights from their file; None where they came from elsewhere.
         handed_out: whether a user may hold the network and may have changed it.
+        compiled: whether ``torch.compile`` has wrapped it: it stays in memory then, and computes by plain operations.
         generation: a number that changes whenever weights have moved in memory.
     """
 
@@ -62,6 +63,7 @@ class ManagedNetwork:
         self.lock = threading.RLock()
         self.source: PendingWeights | None = None
         self.handed_out = False
+        self.compiled = False
         self.generation = 0
         self._changed = False
         self._as_read: changes.Snapshot | None = None
@@ -100,7 +102,7 @@ class ManagedNetwork:
     @property
     def droppable(self) -> bool:
         """Whether weights may be dropped as far as is known: they can be read again, and nobody has changed them."""
-        return self.source is not None and not self._changed
+        return self.source is not None and not self._changed and not self.compiled
 
     def is_at(self, device: torch.device) -> bool:
         return weights.is_at(self.network, device)
@@ -216,7 +218,7 @@ class ManagedNetwork:
 
     def _may_drop(self) -> bool:
         """Whether the weights are those of the file, in every way in which a user may have changed them."""
-        if self.source is None:
+        if self.source is None or self.compiled:
             return False
         if not self.in_memory:
             return True
@@ -367,7 +369,7 @@ class ManagedNetwork:
             self._remember()
         if form.freed_memory is not None:
             freed_memory.keep(self, form.freed_memory)
-        self._form, self._applied = form, applied(network, form)
+        self._form, self._applied = form, applied(network, form, compiled=self.compiled)
         if self._arranged != (wanted, places(network)):  # weights were packed
             self._arranged = wanted, places(network)
             self._remember()
@@ -421,11 +423,14 @@ _LOCK = threading.RLock()
 
 def of(network: nn.Module) -> ManagedNetwork:
     """The one object that manages a network; of one that ``torch.compile`` has wrapped, that of the network itself."""
-    inner = network.__dict__.get("_modules", {}).get("_orig_mod", network)
+    if (known := _MANAGED.get(network)) is not None:
+        return known
+    inner = network.__dict__["_modules"].get("_orig_mod", network)
     with _LOCK:
-        if inner not in _MANAGED:
-            _MANAGED[inner] = ManagedNetwork(inner)
-        return _MANAGED[inner]
+        managed = _MANAGED.get(inner) or ManagedNetwork(inner)
+        managed.compiled = managed.compiled or inner is not network
+        _MANAGED[inner] = _MANAGED[network] = managed
+        return managed
 
 
 def _visitors() -> list[ManagedNetwork]:
@@ -444,8 +449,8 @@ def _leave(managed: ManagedNetwork) -> None:
 
 
 def _turn(device: torch.device) -> threading.RLock:
-    with _LOCK:
-        return _TURNS.setdefault(device, threading.RLock())
+    found = _TURNS.get(device)
+    return found if found is not None else _TURNS.setdefault(device, threading.RLock())
 
 
 class AtWork:
