@@ -67,9 +67,7 @@ class Conditioning:
         return replace(self, positive={**self.positive, name: positive}, negative={**other, name: negative})
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        halves = [
-            None if half is None else {name: change(tensor) for name, tensor in half.items()}
-            for half in (self.positive, self.negative)
-        ]
-        assert halves[0] is not None
-        return Conditioning(*halves)
+        def half(rows: Rows) -> Rows:
+            return {name: change(tensor) for name, tensor in rows.items()}
+
+        return Conditioning(half(self.positive), None if self.negative is None else half(self.negative))

@@ -76,6 +76,16 @@ class DiffusionPipeline(Movable, SingleFiles):
         for name in self.parts:
             setattr(self, name, components.get(name))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes pictures, in pipelines that do; ``from_pretrained`` returns one of them.
+
+        Raises:
+            InputError: this pipeline makes none itself.
+        """
+        raise InputError(
+            f"{type(self).__name__} makes no pictures itself; use a pipeline such as StableDiffusionPipeline"
+        )
+
     # -- where components come from and go to
 
     @classmethod

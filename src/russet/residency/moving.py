@@ -111,16 +111,23 @@ class Movable(Switches):
         return next(main.parameters()).dtype
 
     def plan(
-        self, *, height: int | None = None, width: int | None = None, num_images: int = 1, guidance_scale: float = 7.5
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_images: int = 1,
+        guidance_scale: float = 7.5,
+        encodes: bool = False,
     ) -> Plan:
         """What Russet decides for a picture of this size on this device, each decision with its reason.
 
-        Sizes in pixels; left out they are what the model was trained at. ``print(pipe.plan())`` reads as text.
+        Sizes in pixels; left out they are what the model was trained at. ``encodes``: whether a picture goes in (image
+        to image). ``print(pipe.plan())`` reads as text.
 
         Raises:
             DoesNotFit: the work needs more memory than there is; the error names the largest size that would fit.
         """
-        sizes = self.sizes(height, width, num_images, guided=guidance_scale > 1)
+        sizes = self.sizes(height, width, num_images, guided=guidance_scale > 1, encodes=encodes)
         return plan(read_facts(self._device, weights=self._weights_there()), sizes, self._request())
 
     def _weights_there(self) -> int:
@@ -129,7 +136,9 @@ class Movable(Switches):
         there = {network: first for network, first in firsts.items() if first.device.type == self._device.type}
         return sum(placement.size(network) * first.element_size() for network, first in there.items())
 
-    def sizes(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Sizes:
+    def sizes(
+        self, height: int | None, width: int | None, images: int, *, guided: bool, encodes: bool = False
+    ) -> Sizes:
         """The numbers that a plan is made from; each pipeline knows how its components hang together."""
         raise InputError(f"{type(self).__name__} draws nothing itself; use a pipeline such as StableDiffusionPipeline")
 
