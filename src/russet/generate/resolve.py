@@ -105,7 +105,7 @@ def guided_times(guidance: GuidanceSpec, geometry: Geometry, last_timestep: floa
 def size(spec: Spec, geometry: Geometry) -> tuple[int, int]:
     """Height and width in pixels; left out, those of the start, or what the model was trained at."""
     factor = geometry.factor
-    default = spec.start.size(factor) or (geometry.sample[0] * factor, geometry.sample[1] * factor)
+    default = spec.start.size(geometry) or (geometry.sample[0] * factor, geometry.sample[1] * factor)
     found = []
     for name, given, usual in zip(("height", "width"), (spec.height, spec.width), default, strict=True):
         value = usual if given is None else validation.integer(name, given, least=factor)

@@ -251,7 +251,7 @@ class Run(Generic[Output]):
             self.clock.enter("encode")
         resolved, device = self.resolved, self.pipe.device
         noise = NoiseSource(resolved.generators, resolved.shape, device)
-        start = self.spec.start.latents(resolved.schedule, noise, self._encode_pictures)
+        start = self.spec.start.latents(resolved.schedule, noise, resolved.geometry, self._encode_pictures)
         self.clock.enter("denoise")
         loop = self._loop = self._new_loop(conditioning)
         if warm_up:
