@@ -133,7 +133,7 @@ def drawn(pipe: Watched, width: int, height: int, images: int) -> Plan:
     pipe.graphs.clear()
     torch.cuda.empty_cache()
     pipe.reserved, pipe.peaks = 0, {}
-    recorded = pipe.plan(height=height, width=width, num_images=images)["graphs"]
+    recorded = pipe.plan(height=height, width=width, num_images=images)["cuda_graphs"]
     output = pipe(
         "a photo of an astronaut riding a horse on mars",
         height=height,

@@ -28,7 +28,7 @@ ALLOWED = {
     "schedulers": ROOT,
     "hardware": ROOT,
     "backends": ROOT | {"models"},
-    "planning": ROOT | {"hardware", "backends"},
+    "planning": ROOT | {"models", "hardware", "backends"},
     "checkpoints": ROOT | {"images", "text", "models", "schedulers"},
     "families": ROOT | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "checkpoints"},
     "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints", "generate", "pipelines"},

@@ -1,9 +1,11 @@
 """Noise out of random streams: independent draws, and increments of a Brownian path.
 
-Noise is float32 and drawn on the CPU, then moved, so that a seed means the same picture on every device. With one
-stream per image (``seed=`` or a list of generators) a picture does not depend on the batch it is made in. A single
-generator is drawn from for the whole batch at once, which is the order that Diffusers draws in. The order of draws,
-first the starting noise and then the solver's noise step by step, is public behaviour.
+Noise of a seed is drawn in float32 on the CPU, then moved, so that a seed means the same picture on every device and
+in every precision. Noise of the caller's generators is drawn where they are and in the precision of the model, as
+Diffusers draws it: on some devices half precision's numbers are not float32's, rounded. With one stream per image
+(``seed=`` or a list of generators) a picture does not depend on the batch it is made in. A single generator is drawn
+from for the whole batch at once, which is the order that Diffusers draws in. The order of draws, first the starting
+noise and then the solver's noise step by step, is public behaviour.
 
 A Brownian path is a virtual tree (arXiv:2001.01328, section 4): its value anywhere is found by halving an interval
 and drawing the middle given both ends, each draw seeded by its place in the tree. So the path depends on the seed
@@ -32,30 +34,37 @@ LEAVES = 2**20  # of the tree: a hundredth of a step where a run has 1000
 SPAN = 40.0  # log2 of the clock runs from -SPAN to SPAN
 
 
-def draw(shape: Sequence[int], generators: Sequence[Generator], device: torch.device) -> Tensor:
+def draw(
+    shape: Sequence[int], generators: Sequence[Generator], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Standard normal noise, float32, drawn where the generators are and moved to ``device``.
 
     generators: none (torch's global one on the CPU), one for the whole batch, or one per image.
+    dtype: the precision to draw in.
     """
     if len(generators) > 1:
         one = (1, *shape[1:])
-        return torch.cat([draw(one, [generator], device) for generator in generators])
+        return torch.cat([draw(one, [generator], device, dtype) for generator in generators])
     generator = generators[0] if generators else None
     where = generator.device if generator is not None else torch.device("cpu")
-    return torch.randn(tuple(shape), generator=generator, device=where, dtype=torch.float32).to(device)
+    return torch.randn(tuple(shape), generator=generator, device=where, dtype=dtype).to(device, torch.float32)
 
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Draws noise of the latents' shape. generators: one for the batch, one per image, or none (torch's global one)."""
+    """Draws noise of the latents' shape, in a precision.
+
+    generators: one for the batch, one per image, or none (torch's global one).
+    """
 
     generators: tuple[Generator, ...]
     shape: tuple[int, int, int, int]
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
     def __call__(self) -> Tensor:
         """[B, C, h, w] of standard normal noise, float32, on the device."""
-        return draw(self.shape, self.generators, self.device)
+        return draw(self.shape, self.generators, self.device, self.dtype)
 
     def state(self) -> list[Tensor]:
         """Where each stream stands, for ``restore``."""
@@ -138,7 +147,7 @@ class BrownianPath:
     def _descend(self, sigma: float) -> Tensor:
         place = (SPAN - 2 * math.log2(sigma)) / (2 * SPAN) * LEAVES
         low, high, node = 0, LEAVES, 1
-        w_low = torch.zeros(self.shape)
+        w_low = torch.zeros(self.shape, device="cpu")
         w_high = self._normal(0) * math.sqrt(clock(high) - clock(low))
         while high - low > 1:
             middle = (low + high) // 2
@@ -154,7 +163,8 @@ class BrownianPath:
 
     def _normal(self, node: int) -> Tensor:
         digest = hashlib.blake2b(repr((self.seed, node)).encode(), digest_size=8).digest()
-        return torch.randn(self.shape, generator=Generator().manual_seed(int.from_bytes(digest, "little")))
+        stream = Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+        return torch.randn(self.shape, generator=stream, device="cpu")
 
 
 def clock(leaf: int) -> float:

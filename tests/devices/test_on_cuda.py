@@ -225,10 +225,10 @@ def test_fast_paths_and_plain_operations_draw_the_same_picture(psnr: Any) -> Non
     for dtype, least in ((torch.float32, 50), (torch.float16, 30)):
         pipe = embedded(dtype=dtype)
         fast = pipe(PROMPT, seed=42, **SETTINGS)
-        assert (fast.plan["elementwise"], fast.plan["graphs"]) == ("fused", True)
+        assert (fast.plan["ops"], fast.plan["cuda_graphs"]) == ("triton", True)
         pipe.disable_fast_paths()
         plain = pipe(PROMPT, seed=42, **SETTINGS)
-        assert (plain.plan["elementwise"], plain.plan["graphs"]) == ("plain", False)
+        assert (plain.plan["ops"], plain.plan["cuda_graphs"]) == ("eager", False)
         assert psnr(plain.images, fast.images) >= least
 
 

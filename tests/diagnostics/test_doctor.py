@@ -8,9 +8,9 @@ import pytest
 from russet.diagnostics.checks import all_checks
 from russet.diagnostics.doctor import doctor
 from russet.hardware.facts import GIB, Facts, mac, read_facts
-from russet.hardware.host_environment import Surroundings, look_around
+from russet.hardware.host_environment import HostEnvironment, read_host_environment
 
-GOOD = Surroundings(cache="/cache", disk_free=100 * GIB, logged_in=True, environment={})
+GOOD = HostEnvironment(cache="/cache", disk_free=100 * GIB, logged_in=True, variables={})
 MAC = mac("M2 Pro", memory_gib=32, macos="15.1", torch="2.13.0")
 
 
@@ -56,10 +56,10 @@ def test_every_requirement_says_what_to_do(name, facts, status, advice):
         ("disk", {"disk_free": 10**9}, "problem", "HF_HOME"),
         ("disk", {"disk_free": 9 * 10**9}, "warning", "small model"),
         ("Hugging Face Hub", {"logged_in": False}, "warning", "hf auth login"),
-        ("PYTORCH_ENABLE_MPS_FALLBACK", {"environment": {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}}, "warning", "CPU"),
+        ("PYTORCH_ENABLE_MPS_FALLBACK", {"variables": {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}}, "warning", "CPU"),
         (
             "PYTORCH_MPS_HIGH_WATERMARK_RATIO",
-            {"environment": {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "0.0"}},
+            {"variables": {"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "0.0"}},
             "warning",
             "no limit",
         ),
@@ -72,7 +72,7 @@ def test_the_surroundings_are_checked_too(name, around, status, advice):
 
 
 def test_variables_that_do_no_harm_are_not_mentioned():
-    around = dataclasses.replace(GOOD, environment={"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0"})
+    around = dataclasses.replace(GOOD, variables={"PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0"})
     assert not [each for each in all_checks(MAC, around) if each.name.startswith("PYTORCH")]
 
 
@@ -113,9 +113,9 @@ def test_a_report_is_json():
 
 
 def test_this_machine_can_be_judged():
-    report = doctor(read_facts("cpu"), dataclasses.replace(look_around(), logged_in=False))
+    report = doctor(read_facts("cpu"), dataclasses.replace(read_host_environment(), logged_in=False))
     assert report.checks
-    assert report.surroundings.disk_free > 0
+    assert report.host.disk_free > 0
     json.dumps(report.to_dict())
 
 
@@ -123,4 +123,4 @@ def test_the_disk_of_a_cache_that_does_not_exist_yet_is_found(monkeypatch, tmp_p
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
-    assert look_around().disk_free > 0
+    assert read_host_environment().disk_free > 0

@@ -303,9 +303,9 @@ class Replayed(Graphs):
         return call(*[x.clone() for x in inputs])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("text_keys", ["kept", "kept together", "each call"])
+@pytest.mark.parametrize("prompt_cache", ["keys and values", "packed keys and values", "off"])
 @pytest.mark.parametrize("width", [None, 24])
-def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, text_keys: str, tiny: Any) -> None:
+def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, prompt_cache: str, tiny: Any) -> None:
     unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=width).requires_grad_(False)
     unet.lay_together()
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
@@ -313,7 +313,7 @@ def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, tex
     if width is not None:
         rows["timestep_cond"] = guidance_embedding(7.5, width).expand(2, -1)
     graphs = Replayed()
-    plain, recorded = (UNetCall(unet, rows, text_keys=text_keys, graphs=one) for one in (None, graphs))
+    plain, recorded = (UNetCall(unet, rows, prompt_cache=prompt_cache, graphs=one) for one in (None, graphs))
     assert torch.equal(plain(x, 600.0), recorded(x, 600.0))
     for branch in range(unet.deep_branches):
         output, kept = plain.with_deep_map(x, 600.0, branch)

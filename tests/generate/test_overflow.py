@@ -108,8 +108,8 @@ def test_steps_made_again_are_guided_as_they_were(half: Any, psnr: Any) -> None:
 @pytest.mark.parametrize(
     ("reads", "expected"),
     [
-        ("at once", [(True, 5), (True, 10), (False, 10)]),
-        ("one later", [(True, 0), (True, 5), (True, 10), (False, 10)]),
+        ("immediate", [(True, 5), (True, 10), (False, 10)]),
+        ("deferred", [(True, 0), (True, 5), (True, 10), (False, 10)]),
         ("at the end", [(True, 0), (True, 0), (True, 0), (True, 0), (False, 10)]),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_run_that_was_started_has_computed_nothing_and_has_a_plan(ddim: Any) -
     run = ddim.start(spec())
     for hook in hooks:
         hook.remove()
-    assert run.plan.sizes.rows == 2
+    assert run.plan.workload.rows == 2
     assert run.num_timesteps == 4
     run.close()
 

@@ -25,6 +25,10 @@ def on(torch="2.13.0", macos="15.0", chip="M1"):
         ("first-pass", "1.13.1", "1.13.1", "2.0.0"),
         ("no-bf16", "1.13.1", "2.2.2", "2.3.0"),
         ("half-layer-norm", "2.0.0", "2.0.1", "2.1.0"),
+        ("long-matrix", "2.7.0", "2.13.0", "2.14.0"),
+        ("strided-convolution", "1.13.1", "2.13.0", "2.14.0"),
+        ("scalar-views", "1.13.1", "2.13.0", "2.14.0"),
+        ("no-nonzero", "1.13.1", "1.13.1", "2.0.0"),
     ],
 )
 def test_a_bug_holds_for_its_torch_versions_alone(bug, first_with, last_with, first_without):
@@ -35,7 +39,13 @@ def test_a_bug_holds_for_its_torch_versions_alone(bug, first_with, last_with, fi
 
 @pytest.mark.parametrize(
     ("bug", "macos_with", "macos_without"),
-    [("half-scores", "14.5", "14.4"), ("macos-13.2", "13.2.1", "13.3"), ("upsample-half", "12.6", "13.0")],
+    [
+        ("half-scores", "14.5", "14.4"),
+        ("macos-13.2", "13.2.1", "13.3"),
+        ("upsample-half", "12.6", "13.0"),
+        ("strided-convolution", "15.0", "14.6"),
+        ("mixed-operands", "14.6", "15.0"),
+    ],
 )
 def test_a_bug_holds_for_its_macos_versions_alone(bug, macos_with, macos_without):
     assert affected(on(macos=macos_with), bug)
@@ -46,6 +56,19 @@ def test_long_products_are_wrong_on_m1_and_m2_of_every_make():
     assert affected(on(chip="M1"), "long-contraction")
     assert affected(on(chip="M2 Ultra"), "long-contraction")
     assert not affected(on(chip="M3 Max"), "long-contraction")
+
+
+@pytest.mark.parametrize("torch", ["2.12.1", "2.13.0", "2.14.0", "2.15.0"])
+def test_long_products_of_two_matrices_are_repaired_in_2_14_and_those_of_batches_are_not(torch):
+    assert affected(on(torch=torch, macos="26.0", chip="M2"), "long-contraction")
+    assert bool(affected(on(torch=torch, macos="26.0", chip="M2"), "long-matrix")) is (torch < "2.14")
+
+
+def test_a_part_of_the_channels_is_misread_on_m5_from_macos_26_2_and_torch_2_9_on():
+    assert affected(on(torch="2.9.0", macos="26.2", chip="M5 Pro"), "sliced-channels")
+    assert affected(on(torch="2.15.0", macos="27.0", chip="M5"), "sliced-channels")
+    for other in ({"torch": "2.8.0"}, {"macos": "26.1"}, {"chip": "M4"}):
+        assert not affected(on(**{"torch": "2.9.0", "macos": "26.2", "chip": "M5", **other}), "sliced-channels")
 
 
 def test_a_mac_whose_macos_is_unknown_is_taken_to_have_the_bug():

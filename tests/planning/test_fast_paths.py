@@ -10,19 +10,23 @@ import pytest
 from russet.generate import timestep_cache
 from russet.hardware.facts import GIB, Facts, mac
 from russet.models import sums
-from russet.planning import prepared, reference_models
+from russet.planning import memory, reference_models
 from russet.planning.plan import Plan, Request, plan
-from russet.planning.workload import Sizes
+from russet.planning.workload import Workload
 
-FAST = {"residual_sums": "in products, with copies", "times": "ahead", "text_keys": "absorbed"}
-PLAIN = {"residual_sums": "apart", "times": "each call", "text_keys": "each call"}
+FAST = {
+    "residual_fusion": "with weight copies",
+    "timestep_embeddings": "precomputed",
+    "prompt_cache": "folded into weights",
+}
+PLAIN = {"residual_fusion": "off", "timestep_embeddings": "per call", "prompt_cache": "off"}
 
 
 def on(torch: str = "2.13.0", macos: str = "15.0", memory: float = 16, free: float | None = None) -> Facts:
     return mac("M1", memory_gib=memory, torch=torch, macos=macos, available_gib=free)
 
 
-def made(facts: Facts, sizes: Sizes | None = None, **asked: Any) -> Plan:
+def made(facts: Facts, sizes: Workload | None = None, **asked: Any) -> Plan:
     return plan(facts, reference_models.sd15(safety_checker=False) if sizes is None else sizes, Request(**asked))
 
 
@@ -33,62 +37,62 @@ def paths(found: Plan) -> dict[str, Any]:
 def test_a_mac_with_flash_kernels_gets_all_of_them():
     found = made(on())
     assert paths(found) == FAST
-    assert "multiplied into the weights" in found.why("text_keys").reason
+    assert "folded into the weights" in found.why("prompt_cache").reason
 
 
 def test_float32_has_no_memory_left_for_copies():
     found = made(on(), dtype="float32")
-    assert paths(found) == FAST | {"residual_sums": "in products", "text_keys": "kept"}
-    assert "float32" in found.why("residual_sums").reason
+    assert paths(found) == FAST | {"residual_fusion": "on", "prompt_cache": "keys and values"}
+    assert "float32" in found.why("residual_fusion").reason
 
 
 def test_before_macos_15_sums_are_apart_since_operands_would_be_copied():
     found = made(on(macos="14.6"))
-    assert paths(found) == FAST | {"residual_sums": "apart"}
-    assert "copied" in found.why("residual_sums").reason
+    assert paths(found) == FAST | {"residual_fusion": "off"}
+    assert "copied" in found.why("residual_fusion").reason
 
 
 def test_texts_stay_apart_from_weights_where_attention_is_ours_to_compute():
-    assert made(on(torch="2.12.1"))["text_keys"] == "kept"
-    assert made(on(), attention_slicing="auto")["text_keys"] == "kept"
-    assert made(on(), attention_slicing="off")["text_keys"] == "absorbed"
+    assert made(on(torch="2.12.1"))["prompt_cache"] == "keys and values"
+    assert made(on(), attention_slicing="auto")["prompt_cache"] == "keys and values"
+    assert made(on(), attention_slicing="off")["prompt_cache"] == "folded into weights"
     sizes = reference_models.sd15(safety_checker=False)
-    upcast = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast=True))
+    upcast = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast_attention=True))
     found = made(on(), upcast)
-    assert found["text_keys"] == "kept"
-    assert "float32, apart" in found.why("text_keys").reason
+    assert found["prompt_cache"] == "keys and values"
+    assert "float32 scores" in found.why("prompt_cache").reason
 
 
 def test_short_memory_keeps_less():
     assert paths(made(on(memory=8))) == FAST  # beside macOS and a browser
     small = made(on(memory=8, free=2))
-    assert paths(small) == FAST | {"residual_sums": "in products", "text_keys": "kept"}
-    assert "too much" in small.why("text_keys").reason
+    assert paths(small) == FAST | {"residual_fusion": "on", "prompt_cache": "keys and values"}
+    assert "too much" in small.why("prompt_cache").reason
     several = made(on(), reference_models.sd15(safety_checker=False, images=4))
-    assert several["text_keys"] == "kept"
-    assert made(on(), reference_models.sd15(safety_checker=False, images=64))["text_keys"] == "each call"
+    assert several["prompt_cache"] == "keys and values"
+    assert made(on(), reference_models.sd15(safety_checker=False, images=64))["prompt_cache"] == "off"
 
 
 def test_models_whose_texts_take_much_keep_keys_and_values():
-    assert made(on(memory=64), reference_models.sdxl())["text_keys"] == "kept"
+    assert made(on(memory=64), reference_models.sdxl())["prompt_cache"] == "keys and values"
 
 
-@pytest.mark.parametrize(("device", "text"), [("cpu", "kept"), ("cuda", "kept together")])
+@pytest.mark.parametrize(("device", "text"), [("cpu", "keys and values"), ("cuda", "packed keys and values")])
 def test_other_devices_compute_as_they_did(device, text):
     facts = Facts(device=device, chip="chip", memory=24 * GIB, available=24 * GIB, torch=(2, 13, 0), ram=64 * GIB)
-    assert paths(made(facts)) == PLAIN | {"text_keys": text}
+    assert paths(made(facts)) == PLAIN | {"prompt_cache": text}
 
 
 def test_a_gpu_with_kernels_doubles_large_maps_by_transposed_convolutions():
     card = Facts(device="cuda", chip="chip", memory=24 * GIB, available=24 * GIB, torch=(2, 13, 0), ram=64 * GIB)
     able = dataclasses.replace(card, triton=True, capability=(8, 0))
     found = made(able)
-    assert found["doubling"] == "transposed"
-    assert "never made" in found.why("doubling").reason
+    assert found["upsample_fusion"]
+    assert "never written" in found.why("upsample_fusion").reason
     wide = made(able, dtype=dict.fromkeys(("unet", "vae", "text_encoder"), "float32"))
     for plain in (made(card), made(able, offload="sequential"), made(able, fast_paths=False), made(on()), wide):
-        assert plain["doubling"] == "repeated"
-    assert made(able, fast_paths=False).why("doubling").by == "user"
+        assert not plain["upsample_fusion"]
+    assert made(able, fast_paths=False).why("upsample_fusion").by == "user"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +101,8 @@ def test_a_gpu_with_kernels_doubles_large_maps_by_transposed_convolutions():
 def test_calls_are_recorded_as_far_as_launching_takes_longer_than_running(images, side, recorded):
     card = Facts(device="cuda", chip="chip", memory=80 * GIB, available=80 * GIB, torch=(2, 13, 0), ram=64 * GIB)
     found = made(card, reference_models.sd15(width=side, height=side, images=images, safety_checker=False))
-    assert found["graphs"] == recorded, found.why("graphs").reason
-    assert not made(on(), reference_models.sd15(images=images))["graphs"]
+    assert found["cuda_graphs"] == recorded, found.why("cuda_graphs").reason
+    assert not made(on(), reference_models.sd15(images=images))["cuda_graphs"]
 
 
 def test_layers_that_come_and_go_keep_nothing():
@@ -112,5 +116,5 @@ def test_who_wants_pytorchs_own_operations_gets_them():
 
 
 def test_estimates_and_networks_agree_on_what_is_copied():
-    assert (prepared.ONES, prepared.PADDED, prepared.REPEATED) == (sums.ONES, sums.PADDED, sums.REPEATED)
-    assert prepared.TOLD == timestep_cache.AT_ONCE
+    assert (memory.ONES, memory.PADDED, memory.REPEATED) == (sums.ONES, sums.PADDED, sums.REPEATED)
+    assert memory.PRECOMPUTED == timestep_cache.AT_ONCE

@@ -15,17 +15,17 @@ from russet.checkpoints.load_state_dict import build
 from russet.errors import ConfigError, InputError
 from russet.hardware.facts import mac, parse_version
 from russet.models.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
-from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
+from russet.models.clip_text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.norms import set_norms
-from russet.models.safety_checker import StableDiffusionSafetyChecker
+from russet.models.safety_checker import SafetyCheckerConfig, StableDiffusionSafetyChecker
 from russet.models.tiny_vae import AutoencoderTiny
 from russet.models.unet import UNet2DConditionModel
+from russet.models.unet_config import UNetConfig
 from russet.models.vae import AutoencoderKL
-from russet.planning import parameters, prepared, reference_models
+from russet.planning import memory, parameter_counts, reference_models
 from russet.planning.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.planning.plan import Request, plan
 from russet.planning.plan_types import AttentionChoice
-from russet.planning.workload import TransformerSizes, UNetSizes, VAESizes
 
 from .live_bytes import LiveBytes
 
@@ -78,7 +78,7 @@ def test_a_unet_call_peaks_as_predicted(name, attention):
     unet.set_attention(function)
     x, text = torch.randn(2, 4, 18, 32), torch.randn(2, 77, 32)
     measured = peak_of(lambda: unet(x, 1.0, text))
-    assert unet_peak(UNetSizes.of(UNETS[name]), 2, (18, 32), Arithmetic(attention=choice)) == pytest.approx(
+    assert unet_peak(UNetConfig.from_dict(UNETS[name]), 2, (18, 32), Arithmetic(attention=choice)) == pytest.approx(
         measured, rel=WITHIN
     )
 
@@ -94,13 +94,13 @@ def test_a_unet_call_with_sums_in_products_peaks_as_predicted(name, absorbed):
     x, text = torch.randn(2, 4, 18, 32), unet.read(torch.randn(2, 77, 32), absorbed=absorbed)
     measured = peak_of(lambda: unet(x, 1.0, text))
     how = Arithmetic(summed=True, absorbed=absorbed)
-    assert unet_peak(UNetSizes.of(UNETS[name]), 2, (18, 32), how) == pytest.approx(measured, rel=WITHIN)
+    assert unet_peak(UNetConfig.from_dict(UNETS[name]), 2, (18, 32), how) == pytest.approx(measured, rel=WITHIN)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 joins no weights")
 @pytest.mark.parametrize("name", UNETS)
 def test_what_is_made_before_the_first_step_takes_what_is_predicted(name):
-    unet, u = UNet2DConditionModel(UNETS[name]).requires_grad_(False), UNetSizes.of(UNETS[name])
+    unet, u = UNet2DConditionModel(UNETS[name]).requires_grad_(False), UNetConfig.from_dict(UNETS[name])
     unet.set_attention(padded(fused, (6, 48)))
     unet.lay_together()
     sizes = dataclasses.replace(reference_models.sd15(images=1), unet=u)
@@ -113,11 +113,11 @@ def test_what_is_made_before_the_first_step_takes_what_is_predicted(name):
         live = counted.live
         text = unet.read(torch.randn(2, 77, 32), absorbed=True)
         absorbed = counted.live - live
-        times = unet.tell([500.0] * prepared.TOLD)
+        times = unet.tell([500.0] * memory.PRECOMPUTED)
         told = counted.live - live - absorbed
-    assert live == pytest.approx(prepared.copied_bytes(sizes, found, 2, choice), rel=WITHIN)
-    assert absorbed == pytest.approx(prepared.absorbed_bytes(sizes, found), rel=WITHIN)
-    assert told == pytest.approx(prepared.told_bytes(sizes, found), rel=WITHIN)
+    assert live == pytest.approx(memory.weight_copy_bytes(sizes, found, 2, choice), rel=WITHIN)
+    assert absorbed == pytest.approx(memory.folded_bytes(sizes, found), rel=WITHIN)
+    assert told == pytest.approx(memory.timestep_embedding_bytes(sizes, found), rel=WITHIN)
     del text, times
 
 
@@ -128,7 +128,7 @@ def test_half_precision_with_float32_scores_peaks_as_predicted():
     x, text = torch.randn(2, 4, 16, 16).bfloat16(), torch.randn(2, 77, 32).bfloat16()
     measured = peak_of(lambda: unet(x, 1.0, text))
     choice = AttentionChoice(kind="chunked", queries=64, upcast=True)
-    assert unet_peak(UNetSizes.of(config), 2, (16, 16), Arithmetic(width=2, attention=choice)) == pytest.approx(
+    assert unet_peak(UNetConfig.from_dict(config), 2, (16, 16), Arithmetic(width=2, attention=choice)) == pytest.approx(
         measured, rel=WITHIN
     )
 
@@ -141,7 +141,7 @@ def test_composed_norms_peak_as_predicted():
     x, text = torch.randn(2, 4, 16, 16).bfloat16(), torch.randn(2, 77, 32).bfloat16()
     measured = peak_of(lambda: unet(x, 1.0, text))
     how = Arithmetic(width=2, attention=AttentionChoice(kind="chunked", queries=64), composed=True)
-    assert unet_peak(UNetSizes.of(config), 2, (16, 16), how) == pytest.approx(measured, rel=WITHIN)
+    assert unet_peak(UNetConfig.from_dict(config), 2, (16, 16), how) == pytest.approx(measured, rel=WITHIN)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -155,9 +155,9 @@ def test_the_vae_peaks_as_predicted_both_ways(channels, attention):
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    vae, sizes, (choice, function) = AutoencoderKL(config), VAESizes.of(config), ATTENTIONS[attention]
+    vae, sizes, (choice, function) = AutoencoderKL(config), AutoencoderKL(config).config, ATTENTIONS[attention]
     vae.set_attention(function)
-    z, x = torch.randn(2, 4, 16, 12), torch.randn(2, 3, 16 * sizes.factor, 12 * sizes.factor)
+    z, x = torch.randn(2, 4, 16, 12), torch.randn(2, 3, 16 * sizes.pixels_per_latent, 12 * sizes.pixels_per_latent)
     decoding, encoding = peak_of(lambda: vae.decode(z)), peak_of(lambda: vae.encode(x))
     assert decoder_peak(sizes, 2, (16, 12), Arithmetic(attention=choice)) == pytest.approx(decoding, rel=WITHIN)
     pixels = x.numel() * 4  # made outside, and counted in the prediction
@@ -168,7 +168,7 @@ def test_the_vae_peaks_as_predicted_both_ways(channels, attention):
 
 def test_a_tiny_vae_peaks_as_predicted_both_ways():
     config = {"encoder_block_out_channels": [16] * 4, "decoder_block_out_channels": [16] * 4}
-    vae, sizes = AutoencoderTiny(config), VAESizes.of(config)
+    vae, sizes = AutoencoderTiny(config), AutoencoderTiny(config).config
     z, x = torch.randn(2, 4, 16, 12), torch.randn(2, 3, 128, 96)
     decoding, encoding = peak_of(lambda: vae.decode(z)), peak_of(lambda: vae.encode(x))
     assert decoder_peak(sizes, 2, (16, 12), Arithmetic()) == pytest.approx(decoding, rel=WITHIN)
@@ -178,7 +178,7 @@ def test_a_tiny_vae_peaks_as_predicted_both_ways():
 def test_a_vae_with_composed_norms_peaks_as_predicted():
     config = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8}
     config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    vae, sizes = AutoencoderKL(config).to(torch.bfloat16), VAESizes.of(config)
+    vae, sizes = AutoencoderKL(config).to(torch.bfloat16), AutoencoderKL(config).config
     set_norms(vae.modules(), composed_groups=True, float32_layers=False)
     z = torch.randn(1, 4, 12, 12).bfloat16()
     measured = peak_of(lambda: vae.decode(z))
@@ -206,7 +206,7 @@ def test_networks_on_a_cpu_peak_as_predicted(size, parts, monkeypatch):
     x, text = torch.randn(2, 4, *size), torch.randn(2, 77, 32)
     how = Arithmetic(winograd=True)
     measured = peak_of(lambda: unet(x, 1.0, text))
-    assert unet_peak(UNetSizes.of(config), 2, size, how) == pytest.approx(measured, rel=WITHIN)
+    assert unet_peak(UNetConfig.from_dict(config), 2, size, how) == pytest.approx(measured, rel=WITHIN)
     config = {
         "block_out_channels": [128, 256],
         "layers_per_block": 1,
@@ -217,7 +217,7 @@ def test_networks_on_a_cpu_peak_as_predicted(size, parts, monkeypatch):
     vae.set_elementwise(OnCPU(by_onednn=False))
     z = torch.randn(1, 4, *size)
     measured = peak_of(lambda: vae.decode(z))
-    assert decoder_peak(VAESizes.of(config), 1, size, how) == pytest.approx(measured, rel=WITHIN)
+    assert decoder_peak(AutoencoderKL(config).config, 1, size, how) == pytest.approx(measured, rel=WITHIN)
 
 
 @pytest.mark.parametrize("attention", sorted({"fused", "chunked"} & ATTENTIONS.keys()))
@@ -226,15 +226,14 @@ def test_a_text_encoder_peaks_as_predicted(attention):
     text, (choice, function) = CLIPTextModel(config), ATTENTIONS[attention]
     text.set_attention(function)
     measured = peak_of(lambda: text(torch.ones(2, 77, dtype=torch.long)))
-    sizes = TransformerSizes.text({**config, "num_attention_heads": text.config.num_attention_heads})
-    assert tower_peak(sizes, 2, Arithmetic(attention=choice)) == pytest.approx(measured, rel=WITHIN)
+    assert tower_peak(text.config, 2, Arithmetic(attention=choice)) == pytest.approx(measured, rel=WITHIN)
 
 
 def test_the_embedded_unet_peaks_as_predicted():
     config = json.loads((MINI / "unet" / "config.json").read_text())
-    unet, sizes = UNet2DConditionModel.from_config(config), UNetSizes.of(config)
+    unet, sizes = UNet2DConditionModel.from_config(config), UNetConfig.from_dict(config)
     unet.set_attention(chunked(256))
-    x, text = torch.randn(2, 4, 32, 32), torch.randn(2, 77, sizes.context[0])
+    x, text = torch.randn(2, 4, 32, 32), torch.randn(2, 77, sizes.text_features)
     measured = peak_of(lambda: unet(x, 1.0, text))
     how = Arithmetic(attention=AttentionChoice(kind="chunked", queries=256))
     assert unet_peak(sizes, 2, (32, 32), how) == pytest.approx(measured, rel=WITHIN)
@@ -266,12 +265,12 @@ def test_deep_maps_that_are_kept_count_as_predicted(mini, branch):
     assert peaks[1] - peaks[0] == pytest.approx(more, rel=0.15)  # the map at work is no addition to its call's peak
 
 
-def test_a_deep_map_has_the_shape_that_the_sizes_tell():
+def test_a_deep_map_has_the_shape_that_the_config_tells():
     for config in UNETS.values():
-        unet, sizes = UNet2DConditionModel(config), UNetSizes.of(config)
+        unet, sizes = UNet2DConditionModel(config), UNetConfig.from_dict(config)
         for branch in range(unet.deep_branches):
             _, kept = unet(torch.zeros(1, 4, 16, 16), 1.0, torch.zeros(1, 2, 32), deep_branch=branch)
-            level, channels = sizes.deep_map(branch)
+            level, channels = memory.deep_map(sizes, branch)
             assert kept.shape == (1, channels, 16 >> level, 16 >> level)
 
 
@@ -282,12 +281,14 @@ def test_stable_diffusion_15_peaks_as_predicted_at_full_size():
     x, text = (torch.empty(shape, device="meta", dtype=torch.float16) for shape in ((2, 4, 64, 64), (2, 77, 768)))
     measured = peak_of(lambda: unet(x, 1.0, text))  # shapes alone: nothing is computed
     how = Arithmetic(width=2, attention=AttentionChoice(kind="sliced", rows=16))
-    assert unet_peak(UNetSizes.of(reference_models.SD15_UNET), 2, (64, 64), how) == pytest.approx(measured, rel=WITHIN)
+    assert unet_peak(UNetConfig.from_dict(reference_models.SD15_UNET), 2, (64, 64), how) == pytest.approx(
+        measured, rel=WITHIN
+    )
 
 
 def test_parameters_are_counted_exactly():
     for config in UNETS.values():
-        assert parameters.unet(UNetSizes.of(config)) == count(UNet2DConditionModel(config))
+        assert parameter_counts.unet(UNetConfig.from_dict(config)) == count(UNet2DConditionModel(config))
     text = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -295,9 +296,9 @@ def test_parameters_are_counted_exactly():
         "num_attention_heads": 4,
         "vocab_size": 50,
     }
-    assert parameters.transformer(TransformerSizes.text(text)) == count(CLIPTextModel(text))
+    assert parameter_counts.text_encoder(CLIPTextConfig.from_dict(text)) == count(CLIPTextModel(text))
     projected = {**text, "projection_dim": 24}
-    assert parameters.transformer(TransformerSizes.text(projected, projected=True)) == count(
+    assert parameter_counts.text_encoder(CLIPTextConfig.from_dict(projected), projected=True) == count(
         CLIPTextModelWithProjection(projected)
     )
     checker = {
@@ -305,18 +306,20 @@ def test_parameters_are_counted_exactly():
         "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     }
     checker["vision_config"] |= {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
-    assert parameters.safety_checker(TransformerSizes.vision(checker)) == count(StableDiffusionSafetyChecker(checker))
+    assert parameter_counts.safety_checker(SafetyCheckerConfig.from_dict(checker)) == count(
+        StableDiffusionSafetyChecker(checker)
+    )
 
 
 def test_the_published_checkpoints_have_their_published_numbers_of_parameters():
     # as the safetensors headers on the Hub add up, buffers left out
-    assert parameters.counts(reference_models.sd15()) == {
+    assert reference_models.sd15().parameters == {
         "text_encoder": 123_060_480,
         "unet": 859_520_964,
         "vae": 83_653_863,
         "safety_checker": 303_981_588,
     }
-    xl = parameters.counts(reference_models.sdxl())
+    xl = reference_models.sdxl().parameters
     assert (xl["text_encoder"], xl["unet"]) == (123_060_480 + 694_659_840, 2_567_463_684)
 
 
@@ -329,12 +332,12 @@ def test_nested_transformer_layers_are_counted_for_each_block():
         transformer_layers_per_block=[1, [1, 1], [4, 3]],
         reverse_transformer_layers_per_block=[[4, 3, 2], [2, 1, 1], 1],
     )
-    assert parameters.unet(UNetSizes.of(config)) == count(UNet2DConditionModel(config))
+    assert parameter_counts.unet(UNetConfig.from_dict(config)) == count(UNet2DConditionModel(config))
 
 
 def test_lists_that_do_not_agree_are_a_config_error():
-    with pytest.raises(ConfigError, match="2 levels"):
-        UNetSizes.of(unet_config([32, 64], [CROSS, "DownBlock2D"], layers_per_block=[2]))
+    with pytest.raises(ConfigError, match="must have 2 entries"):
+        UNetConfig.from_dict(unet_config([32, 64], [CROSS, "DownBlock2D"], layers_per_block=[2]))
 
 
 @pytest.mark.parametrize("width", [0, -64, 512.0, True, "512"])
@@ -348,8 +351,8 @@ def test_the_size_defaults_to_what_the_model_was_trained_at():
 
 
 def test_only_the_xl_family_needs_its_autoencoder_in_float32():
-    assert reference_models.sdxl().vae.float32
-    assert not reference_models.sd15().vae.float32
+    assert reference_models.sdxl().vae_overflows
+    assert not reference_models.sd15().vae_overflows
 
 
 def count(module):

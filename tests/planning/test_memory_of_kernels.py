@@ -10,7 +10,6 @@ from russet.models.activations import silu
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 from russet.planning.activations import Arithmetic, decoder_peak, unet_peak
-from russet.planning.workload import UNetSizes, VAESizes
 
 from .live_bytes import LiveBytes
 
@@ -45,12 +44,12 @@ def kernels(request, monkeypatch):
 def test_a_decoder_peaks_as_predicted(kernels):
     config = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
     config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    (steps, how), sizes = kernels, VAESizes.of(config)
+    steps, how = kernels
     vae, z = AutoencoderKL(config).to(memory_format=torch.channels_last), last(torch.randn(1, 4, 12, 16))
     plain = peak_of(lambda: vae.decode(z))
     vae.set_elementwise(steps)
     found = peak_of(lambda: vae.decode(z))
-    assert decoder_peak(sizes, 1, (12, 16), how) == pytest.approx(found, rel=WITHIN)
+    assert decoder_peak(vae.config, 1, (12, 16), how) == pytest.approx(found, rel=WITHIN)
     one = 8 * 24 * 32 * 4  # of the largest maps, and an eighth of it are the latents
     assert plain == 5.125 * one  # the last level's first block: its input is two, and so is its norm
     assert found == pytest.approx((4.125 if how.transposed else 4.625) * one, rel=WITHIN)  # the doubled map is two
@@ -67,6 +66,6 @@ def test_a_unet_call_peaks_as_predicted(middle, kernels):
     unet.set_elementwise(steps)
     found = peak_of(lambda: unet(x, 1.0, text))
     latents = x.numel() * 4  # made outside, and counted in the prediction
-    assert unet_peak(UNetSizes.of(config), 1, (32, 48), how) - latents == pytest.approx(found, rel=WITHIN)
+    assert unet_peak(unet.config, 1, (32, 48), how) - latents == pytest.approx(found, rel=WITHIN)
     sums = norm_heuristics.sums(1, 24, 32 * 48)  # joined maps come with them, and are normed in their place
     assert plain - found == pytest.approx(8 * 32 * 48 * 4 - sums, rel=0.01)

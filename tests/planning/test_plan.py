@@ -9,8 +9,9 @@ import pytest
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.hardware.facts import GIB, Facts, mac
 from russet.planning import reference_models
-from russet.planning.calls import largest_tensors, unet_calls, vae_call
-from russet.planning.plan import MEANING, AttentionChoice, Plan, Request, plan
+from russet.planning.device_defaults import allocator_environment
+from russet.planning.memory import largest_tensors, unet_calls, vae_call
+from russet.planning.plan import MEANING, AttentionChoice, Plan, PlanCache, Request, plan
 
 MACS = {
     "M1 8 GB": ("M1", 8),
@@ -68,7 +69,7 @@ def test_sd_15_fits_an_8_gb_mac_beside_a_browser(side, torch_version, macos):
     facts = on("M1 8 GB", torch_version, macos)
     bare = plan(facts, reference_models.sd15(safety_checker=False, width=side, height=side))
     assert bare.peak <= 3.0e9
-    checked = plan(facts, reference_models.sd15(width=side, height=side), Request(rereadable=True))
+    checked = plan(facts, reference_models.sd15(width=side, height=side), Request(reloadable=True))
     assert checked.peak <= 3.0e9
 
 
@@ -98,7 +99,7 @@ def test_scores_are_float32_from_macos_14_5_on():
 
 def test_scores_that_overflow_are_float32_everywhere():
     sizes = reference_models.sd15()
-    overflowing = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast=True))
+    overflowing = dataclasses.replace(sizes, unet=dataclasses.replace(sizes.unet, upcast_attention=True))
     assert plan(on(torch="2.12.1", macos="14.4"), overflowing).attention("unet").upcast
     assert plan(gpu(torch="1.13.1"), overflowing).attention("unet").upcast
 
@@ -132,9 +133,19 @@ def test_a_cpu_that_computes_bfloat16_says_so_and_stays_exact_until_asked():
     assert "bfloat16" in plan(able, reference_models.sd15()).why("dtype.unet").reason
     assert "bfloat16" not in plan(cpu(), reference_models.sd15()).why("dtype.unet").reason
     asked = Request(dtype="bfloat16")
-    assert "by itself" in plan(able, reference_models.sd15(), asked).why("dtype.unet").reason
-    assert "slowness" in plan(cpu(), reference_models.sd15(), asked).why("dtype.unet").reason
+    assert "instructions" in plan(able, reference_models.sd15(), asked).why("dtype.unet").reason
+    assert "slow" in plan(cpu(), reference_models.sd15(), asked).why("dtype.unet").reason
     assert plan(able, reference_models.sd15(), asked).peak < 0.6 * plan(able, reference_models.sd15()).peak
+
+
+def test_a_cpu_with_matrix_units_works_in_bfloat16_and_float32_is_one_argument_away():
+    able = dataclasses.replace(cpu(), bf16=True, amx=True)
+    made = plan(able, reference_models.sd15())
+    assert {made.dtype(name) for name in ("text_encoder", "unet", "vae", "safety_checker")} == {"bfloat16"}
+    assert "AMX" in made.why("dtype.unet").reason
+    assert not made["winograd"]
+    exact = plan(able, reference_models.sd15(), Request(dtype="float32"))
+    assert (exact.dtype("unet"), exact.why("dtype.unet").by) == ("float32", "user")
 
 
 @pytest.mark.parametrize(
@@ -167,31 +178,30 @@ def test_layer_norm_is_float32_where_half_precision_crashes():
 
 
 def test_overflow_is_looked_for_where_nothing_has_to_wait_for_it():
-    assert plan(on(torch="2.1.2"), reference_models.sd15(safety_checker=False))["looks"] == "at the end"
-    assert plan(on(torch="2.0.1"), reference_models.sd15(safety_checker=False))["looks"] == "at once"
-    assert plan(gpu(), reference_models.sd15())["looks"] == "one later"
-    assert plan(cpu(), reference_models.sd15())["looks"] == "at once"
+    assert plan(on(torch="2.1.2"), reference_models.sd15(safety_checker=False))["finite_checks"] == "at the end"
+    assert plan(on(torch="2.0.1"), reference_models.sd15(safety_checker=False))["finite_checks"] == "immediate"
+    assert plan(gpu(), reference_models.sd15())["finite_checks"] == "deferred"
+    assert plan(cpu(), reference_models.sd15())["finite_checks"] == "immediate"
 
 
 def test_priming_is_for_torch_1_13_on_mps_alone():
-    assert plan(on(torch="1.13.1"), reference_models.sd15()).priming
-    assert not plan(on(torch="2.0.1"), reference_models.sd15(safety_checker=False)).priming
-    assert not plan(cpu(torch="1.13.1"), reference_models.sd15()).priming
+    assert plan(on(torch="1.13.1"), reference_models.sd15()).warm_up
+    assert not plan(on(torch="2.0.1"), reference_models.sd15(safety_checker=False)).warm_up
+    assert not plan(cpu(torch="1.13.1"), reference_models.sd15()).warm_up
 
 
-def test_layout_and_copies_are_safe_on_mps():
+def test_the_layout_is_safe_on_mps():
     made = plan(on(), reference_models.sd15())
-    assert (made.memory_format, made["non_blocking"], made["causal_mask"]) == ("contiguous", False, "float")
+    assert made.memory_format == "contiguous"
     assert plan(cpu(), reference_models.sd15()).memory_format == "channels_last"
-    assert plan(gpu(), reference_models.sd15())["non_blocking"]
 
 
 def test_the_watermark_is_set_on_mps_alone():
-    assert plan(on(), reference_models.sd15()).environment == {
+    assert allocator_environment("mps") == {
         "PYTORCH_MPS_HIGH_WATERMARK_RATIO": "1.0",
         "PYTORCH_MPS_LOW_WATERMARK_RATIO": "0.8",
     }
-    assert plan(cpu(), reference_models.sd15()).environment == {}
+    assert allocator_environment("cpu") == {}
 
 
 def test_images_go_one_at_a_time_where_more_would_not_fit():
@@ -216,10 +226,10 @@ def test_large_pictures_are_decoded_in_tiles():
 
 def test_weights_are_dropped_on_a_small_mac_if_they_can_be_read_again():
     sizes = reference_models.sd15()
-    dropped = plan(on(), sizes, Request(rereadable=True))
-    assert (dropped.text_encoder, dropped.idle_weights) == ("freed", "dropped")
+    dropped = plan(on(), sizes, Request(reloadable=True))
+    assert (dropped.text_encoder, dropped.offload_target) == ("unloaded", "disk")
     kept = plan(on(), sizes)
-    assert (kept.text_encoder, kept.idle_weights) == ("device", "kept")
+    assert (kept.text_encoder, kept.offload_target) == ("device", "device")
     assert kept.peak > dropped.peak
     assert "tight" in kept.explain()
 
@@ -274,7 +284,7 @@ def test_the_users_choices_win_and_are_listed_as_theirs():
     assert {decision.name for decision in made.decisions if decision.by == "user"} == set(asked.user)
     for name, value in asked.user.items():
         assert made[name] == value
-    assert "as asked" in made.explain()
+    assert "as requested" in made.explain()
 
 
 def test_a_dtype_may_be_given_for_one_component():
@@ -330,9 +340,9 @@ def test_slicing_off_is_refused_where_the_scores_would_abort_the_process():
 def test_moving_weights_where_memory_is_shared_is_obeyed_and_counted_truly():
     facts, sizes = on("M2 Pro 32 GB"), reference_models.sd15()
     made = plan(facts, sizes, Request(offload="model"))
-    assert (made.offload, made.idle_weights) == ("model", "kept")
+    assert (made.offload, made.offload_target) == ("model", "device")
     assert made.peak == plan(facts, sizes).peak
-    assert plan(facts, sizes, Request(offload="model", rereadable=True)).peak < made.peak
+    assert plan(facts, sizes, Request(offload="model", reloadable=True)).peak < made.peak
 
 
 def test_tiles_that_were_switched_off_stay_off():
@@ -369,24 +379,56 @@ def test_a_request_that_makes_no_sense_is_refused(wrong, kind):
 def test_a_cpu_multiplies_less_in_float32_and_by_the_library_that_is_faster_there():
     server = dataclasses.replace(cpu(), machine="x86_64", onednn=True)
     made = plan(server, reference_models.sd15())
-    assert (made["convolutions"], made["linear_layers"]) == ("winograd", "onednn")
-    assert plan(server, reference_models.sd15(), Request(dtype="bfloat16"))["convolutions"] == "direct"
-    assert plan(cpu(), reference_models.sd15())["linear_layers"] == "native"
-    assert plan(cpu(), reference_models.sd15())["freed_memory"] == "returned"
-    assert plan(dataclasses.replace(cpu(), glibc=True), reference_models.sd15())["freed_memory"] == "kept"
+    assert made["winograd"]
+    assert made["onednn_linear"]
+    assert not plan(server, reference_models.sd15(), Request(dtype="bfloat16"))["winograd"]
+    assert not plan(cpu(), reference_models.sd15())["onednn_linear"]
+    assert not plan(cpu(), reference_models.sd15())["malloc_tuning"]
+    assert plan(dataclasses.replace(cpu(), glibc=True), reference_models.sd15())["malloc_tuning"]
     for facts in (on(), gpu()):
         made = plan(facts, reference_models.sd15())
-        assert (made["convolutions"], made["linear_layers"]) == ("direct", "native")
+        assert (made["winograd"], made["onednn_linear"]) == (False, False)
 
 
 def test_without_fast_paths_a_cpu_uses_pytorchs_operations_alone():
     server = dataclasses.replace(cpu(), machine="x86_64", onednn=True)
     made = plan(server, reference_models.sd15(), Request(fast_paths=False))
-    assert (made["convolutions"], made["linear_layers"]) == ("direct", "native")
-    assert made.why("convolutions").by == "user"
+    assert (made["winograd"], made["onednn_linear"]) == (False, False)
+    assert made.why("winograd").by == "user"
 
 
 # --- the plan as a value ---
+
+
+def test_a_plan_is_reused_while_free_memory_is_about_the_same():
+    cache, facts, workload = PlanCache(), on("M1 16 GB"), reference_models.sd15()
+    first = cache.plan(facts, workload, Request())
+    little = dataclasses.replace(facts, available=facts.available - 200 * 2**20, held=10 * 2**20, swap_used=5)
+    assert cache.plan(little, workload, Request()) is first
+    assert cache.plan(facts, workload, Request(vae_tiling=True)) is not first
+    assert cache.plan(facts, reference_models.sd15(images=2), Request()) is not first
+    assert cache.plan(on("M1 16 GB", torch="2.12.1"), workload, Request()) is not first
+    much = dataclasses.replace(facts, available=facts.available // 2)
+    assert cache.plan(much, workload, Request()) == plan(much, workload)
+
+
+def test_a_plan_that_no_longer_fits_is_made_anew():
+    workload, cache = reference_models.sd15(), PlanCache()
+    peak = plan(on("M1 16 GB"), workload).peak
+    enough = dataclasses.replace(on("M1 16 GB"), available=int(peak / 0.8 * 1.02))
+    first = cache.plan(enough, workload, Request(reloadable=True))
+    assert first.peak <= enough.budget
+    short = dataclasses.replace(enough, available=int(first.peak / 0.8 * 0.98))
+    assert cache.plan(short, workload, Request(reloadable=True)).peak <= short.budget
+
+
+def test_a_plan_is_one_line_for_a_debugger_and_a_table_for_a_notebook():
+    made = plan(on("M1 16 GB"), reference_models.sd15(), Request(vae_slicing=True))
+    assert len(repr(made)) < 160
+    assert "512×512 on Apple M1 (mps), UNet in float16" in repr(made)
+    table = made._repr_html_()
+    assert table.count("<tr>") == len(made.decisions) + 1
+    assert "<td>vae_batch</td><td>1</td><td>as requested; your choice</td>" in table
 
 
 def test_the_same_facts_give_the_same_plan():

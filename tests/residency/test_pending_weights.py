@@ -18,6 +18,7 @@ import russet
 from russet.checkpoints import load
 from russet.checkpoints.formats import weight_file
 from russet.errors import CorruptFile
+from russet.residency import network as residency
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 NETWORKS = ("unet", "vae", "text_encoder")
@@ -124,9 +125,9 @@ def test_the_precision_that_was_asked_for_is_told_before_anything_is_read(folder
 
 def test_half_precision_goes_to_half_precision_without_a_copy(folder: Path) -> None:
     pipe = opened(halved(folder)).to(torch.float16)
-    for network, draft in pipe._drafts.items():
-        values = network.state_dict()
-        offsets = {values[name].data_ptr() - source.offset for name, source in draft.sources.items() if name in values}
+    for network in pipe.networks.values():
+        values, sources = network.state_dict(), residency.of(network).source.sources
+        offsets = {values[name].data_ptr() - source.offset for name, source in sources.items() if name in values}
         assert len(offsets) == 1
 
 
@@ -219,7 +220,7 @@ def test_a_single_file_waits_too_and_is_saved_whole(folder: Path, tmp_path: Path
     pipe.save_single_file(tmp_path / "one.safetensors")  # over the file that it came from
     again = russet.StableDiffusionPipeline.from_single_file(tmp_path / "one.safetensors", **options)
     assert same_weights(again.unet, tiny.unet)
-    assert pipe._request().rereadable
+    assert pipe._request().reloadable
 
 
 def test_where_files_cannot_be_held_open_everything_is_read_at_once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import russet
 from russet.errors import ArgumentTypeError, CheckpointError, ConfigError, InputError, MissingFile, RussetError
 from russet.text.tokenizer import CLIPTokenizer
+from russet.text.tokenizer_head import STARTERS
 
 MINI = Path(russet.__file__).parent / "mini" / "tokenizer"
 FILES = ["vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json"]
@@ -308,3 +310,17 @@ def test_threads_with_different_lengths_do_not_disturb_each_other(ours):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_long_text_may_be_cut_only_where_no_character_composes_with_those_before() -> None:
+    """By Unicode's tables: no character of the class is combining, or second in a canonical composition."""
+    seconds = {*map(chr, range(0x1161, 0x1176)), *map(chr, range(0x11A8, 0x11C3))}
+    for code in range(0x110000):
+        found = unicodedata.decomposition(chr(code)).split()
+        if len(found) == 2 and not found[0].startswith("<"):
+            seconds.add(chr(int(found[1], 16)))
+    for code in range(0x110000):
+        character = chr(code)
+        if STARTERS.fullmatch(character):
+            assert unicodedata.combining(character) == 0
+            assert character not in seconds

@@ -14,7 +14,7 @@ from russet.checkpoints.formats.tensor_source import TORCH_NAMES, StoredTensor
 from russet.checkpoints.inspect_report import EMA, LoraReport, PartReport, Report
 from russet.checkpoints.layouts import detection, ldm_keys, lora_names
 from russet.checkpoints.layouts.detection import Kind, recognise
-from russet.checkpoints.layouts.ldm_read import draft
+from russet.checkpoints.layouts.ldm_read import pending_weights
 from russet.checkpoints.layouts.lora_names import Shapes
 from russet.checkpoints.locate import locate
 from russet.checkpoints.options import Options
@@ -75,7 +75,7 @@ def inspect_model(file: SingleFile, report: Report) -> Report:
         recipe = choose_recipe(file, told, Request(), Options())
         for part in ldm_keys.LAYOUTS[file.kind.family]:
             if groups[part.component]:
-                draft(part, file.weights, recipe)
+                pending_weights(part, file.weights, recipe)
     except (CheckpointError, ConfigError) as error:
         return dataclasses.replace(report, obstacle=str(error))
     parts = {name: config for name, config in recipe.parts.items() if config}

@@ -19,11 +19,11 @@ from russet.checkpoints.weight_names import Choice
 from russet.errors import ConfigError
 from russet.file_io import read_json
 
-SPARE_TENSORS = 2000  # that a model may have beyond those in its file, so that the error can list what is missing
+EXTRA_TENSORS = 2000  # that a model may have beyond those in its file, so that the error can list what is missing
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class PendingWeights:
     """A component whose weights are not read yet: the component itself, and what a model is to be filled with."""
 
     component: Any
@@ -41,7 +41,7 @@ class Draft:
         *,
         repair: bool = False,
         dtype: torch.dtype | None = None,
-    ) -> Draft:
+    ) -> PendingWeights:
         """Makes a component out of its folder; of a model's weights the headers only.
 
         Args:
@@ -68,7 +68,7 @@ class Draft:
         choice = folder.find_weights(place, entry, options.variant, options.use_safetensors)
         weights = folder.open_component(place, choice)
         try:
-            model = load_state_dict.build(target, config, limit=len(weights.tensors) + SPARE_TENSORS, dtype=dtype)
+            model = load_state_dict.build(target, config, limit=len(weights.tensors) + EXTRA_TENSORS, dtype=dtype)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ import click
 import russet
 
 if TYPE_CHECKING:
-    from russet.diagnostics.doctor import Report
+    from russet.diagnostics.doctor import Diagnosis
     from russet.diagnostics.self_test import Line
 
 PROBLEM = 1
@@ -64,7 +64,7 @@ def right(tested: Sequence[Line]) -> bool:
     return passed(tested)
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: Diagnosis) -> Iterator[str]:
     """The report as a person reads it."""
     width = max(len(check.name) for check in report.checks)
     for check in report.checks:

@@ -54,14 +54,14 @@ def memory_for(report: Report, size: str, device: str | None) -> str:
     if not {"unet", "vae"} <= set(report.configs):
         raise InputError(f"{report.path} holds no whole model, so nothing can be predicted for a picture")
     from russet.hardware.facts import read_facts
-    from russet.planning.decisions import gigabytes
     from russet.planning.plan import plan
-    from russet.planning.workload import Sizes
+    from russet.planning.plan_types import gigabytes
+    from russet.planning.workload import Workload
 
     facts = read_facts(device)
     given: dict[str, Any] = {name: report.configs[name] for name in NETWORKS if name in report.configs}
     try:
-        made = plan(facts, Sizes.of(**given, width=int(match[1]), height=int(match[2])))
+        made = plan(facts, Workload.of(**given, width=int(match[1]), height=int(match[2])))
     except DoesNotFit as error:
         return str(error)
     return f"at most {gigabytes(made.peak)} of {gigabytes(facts.memory)} for {size} on {facts.chip} ({facts.device})"

@@ -15,7 +15,7 @@ import torch
 
 from russet import validation
 from russet.hardware.facts import Facts, read_facts
-from russet.planning.decisions import gigabytes
+from russet.planning.plan_types import gigabytes
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 COLUMNS = ("machine", "memory", "torch", "precision", "picture", "seconds a step", "seconds a picture", "peak memory")

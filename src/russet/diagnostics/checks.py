@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from russet.hardware.facts import GIB, Facts, Version, why_no_mps
-from russet.hardware.host_environment import Surroundings
+from russet.hardware.host_environment import HostEnvironment
 from russet.hardware.known_bugs import affected
-from russet.planning.decisions import gigabytes
+from russet.planning.plan_types import gigabytes
 
 MACOS_FOR_TORCH: tuple[tuple[Version, Version], ...] = (  # (from this torch on, this macOS is needed)
     ((2, 15), (15,)),
@@ -37,7 +37,7 @@ class Check:
     advice: str = ""
 
 
-def all_checks(facts: Facts, around: Surroundings) -> Iterator[Check]:
+def all_checks(facts: Facts, host: HostEnvironment) -> Iterator[Check]:
     """Every requirement that applies to the machine."""
     yield device(facts)
     if facts.system == "macOS":
@@ -48,9 +48,9 @@ def all_checks(facts: Facts, around: Surroundings) -> Iterator[Check]:
     yield memory(facts)
     yield available(facts)
     yield swap(facts)
-    yield disk(around)
-    yield login(around)
-    yield from variables(around)
+    yield disk(host)
+    yield login(host)
+    yield from variables(host)
 
 
 def dotted(version: Version) -> str:
@@ -129,23 +129,23 @@ def swap(facts: Facts) -> Check:
     return Check("swap", "ok", found)
 
 
-def disk(around: Surroundings) -> Check:
-    found = f"{gigabytes(around.disk_free)} free for {around.cache}"
-    if around.disk_free < SMALL_MODEL:
+def disk(host: HostEnvironment) -> Check:
+    found = f"{gigabytes(host.disk_free)} free for {host.cache}"
+    if host.disk_free < SMALL_MODEL:
         return Check("disk", "problem", found, "a model takes 3 GB and more: free some, or set HF_HOME to another disk")
-    if around.disk_free < LARGE_MODEL:
+    if host.disk_free < LARGE_MODEL:
         return Check("disk", "warning", found, "enough for a small model; a large one takes 7 to 14 GB")
     return Check("disk", "ok", found)
 
 
-def login(around: Surroundings) -> Check:
-    if around.logged_in:
+def login(host: HostEnvironment) -> Check:
+    if host.logged_in:
         return Check("Hugging Face Hub", "ok", "logged in")
     advice = "needed for gated and private models alone: `hf auth login`"
     return Check("Hugging Face Hub", "warning", "not logged in", advice)
 
 
-def variables(around: Surroundings) -> Iterator[Check]:
+def variables(host: HostEnvironment) -> Iterator[Check]:
     """Those environment variables that do harm."""
     harm = {
         ("PYTORCH_ENABLE_MPS_FALLBACK", "1"): "operations go to the CPU silently; Russet needs none of that: unset it",
@@ -154,6 +154,6 @@ def variables(around: Surroundings) -> Iterator[Check]:
         ("PYTORCH_MPS_FAST_MATH", "1"): "results are less exact than Russet expects: unset it",
         ("PYTORCH_MPS_DISABLE_PREFILL_ATTENTION", "1"): "attention builds whole score matrices: unset it",
     }
-    for name, value in around.environment.items():
+    for name, value in host.variables.items():
         if advice := harm.get((name, value)):
             yield Check(name, "warning", value, advice)

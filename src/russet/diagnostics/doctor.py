@@ -1,6 +1,6 @@
 """Is this machine fit for the work? Every requirement as a line, and what two well-known models would do here.
 
-``doctor(read_facts())`` gives a ``Report``: plain data, for a person to read and for a bug report to carry.
+``doctor(read_facts())`` gives a ``Diagnosis``: plain data, for a person to read and for a bug report to carry.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Literal
 from russet.diagnostics.checks import Check, all_checks
 from russet.errors import DoesNotFit
 from russet.hardware.facts import Facts
-from russet.hardware.host_environment import Surroundings, look_around
+from russet.hardware.host_environment import HostEnvironment, read_host_environment
 from russet.hardware.known_bugs import Bug, known
 from russet.planning import reference_models
 from russet.planning.plan import Plan, Request, plan
-from russet.planning.workload import Sizes
+from russet.planning.workload import Workload
 
 MODELS = {
     "Stable Diffusion 1.5 at 512×512": reference_models.sd15,
@@ -35,11 +35,11 @@ class Forecast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class Diagnosis:
     """All that the doctor found."""
 
     facts: Facts
-    surroundings: Surroundings
+    host: HostEnvironment
     checks: tuple[Check, ...]
     bugs: tuple[Bug, ...]
     forecasts: tuple[Forecast, ...]
@@ -55,7 +55,7 @@ class Report:
         return {
             "verdict": self.verdict,
             "facts": plain(dataclasses.asdict(self.facts)),
-            "surroundings": plain(dataclasses.asdict(self.surroundings)),
+            "host": plain(dataclasses.asdict(self.host)),
             "checks": [dataclasses.asdict(check) for check in self.checks],
             "bugs": [{name: getattr(bug, name) for name in ("id", "what", "remedy", "link")} for bug in self.bugs],
             "forecasts": [
@@ -65,22 +65,22 @@ class Report:
         }
 
 
-def doctor(facts: Facts, surroundings: Surroundings | None = None) -> Report:
-    """Judges a machine; ``surroundings`` are those of this process unless given."""
-    around = surroundings or look_around()
-    return Report(
+def doctor(facts: Facts, host: HostEnvironment | None = None) -> Diagnosis:
+    """Judges a machine; ``host`` is read from this process unless given."""
+    host = host or read_host_environment()
+    return Diagnosis(
         facts=facts,
-        surroundings=around,
-        checks=tuple(all_checks(facts, around)),
+        host=host,
+        checks=tuple(all_checks(facts, host)),
         bugs=known(facts),
         forecasts=tuple(forecast(facts, title, make()) for title, make in MODELS.items()),
     )
 
 
-def forecast(facts: Facts, title: str, sizes: Sizes) -> Forecast:
+def forecast(facts: Facts, title: str, workload: Workload) -> Forecast:
     """The plan for a model that was loaded from the Hub, so that its weights can be read again."""
     try:
-        return Forecast(title, plan(facts, sizes, Request(rereadable=True)))
+        return Forecast(title, plan(facts, workload, Request(reloadable=True)))
     except DoesNotFit as error:
         return Forecast(title, None, str(error))
 

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from russet.diagnostics.self_test_cases import CASES, NETWORKS, SIZES, Case, NetworkCase, inputs
+from russet.diagnostics.self_test_cases import CASES, NETWORKS, WORKLOAD, Case, NetworkCase, inputs
 from russet.diagnostics.self_test_probes import PROBES, Probe
 from russet.hardware.facts import Facts, read_facts
 from russet.hardware.known_bugs import affected
 from russet.planning.plan import Request, plan
-from russet.residency import placement
+from russet.residency.apply import Applied, lay_out
+from russet.residency.form import form_of
 
 TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 8e-2}
 """Share of the largest number that rounding may change. CUDA's convolutions round float32 to 10 bits by default."""
@@ -109,12 +110,14 @@ def check_network(case: NetworkCase, device: torch.device, dtype: str, facts: Fa
     number = getattr(torch, dtype)
     given = inputs(case.shapes)
     expected = case.run(case.network().to(number).float(), *(x.to(number).float() for x in given))
-    made = plan(facts, SIZES, Request(dtype=dtype))
+    made = plan(facts, WORKLOAD, Request(dtype=dtype))
 
     def there() -> Tensor:
         network = case.network()
-        placement.settle(case.component, network, made, device, None)
-        placement.carry_out(made, {case.component: network})
+        form = form_of(case.component, made, device)
+        network.to(device, form.dtype)
+        lay_out(network, form.memory_format)
+        Applied(network, form)
         return case.run(network, *(x.to(device).to(number) for x in given))
 
     return compared(case.name, dtype, TOLERANCE[dtype] * case.tolerance, there, expected)

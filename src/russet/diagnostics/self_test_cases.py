@@ -22,7 +22,7 @@ from russet.models.clip_text import CLIPTextModel
 from russet.models.norms import set_norms
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.planning.memory import Sizes
+from russet.planning.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Case:
 def inputs(shapes: tuple[tuple[int, ...], ...]) -> list[Tensor]:
     """Standard normal numbers, float32 on the CPU, the same every time."""
     generator = Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator, device="cpu") for shape in shapes]
 
 
 MAP = (2, 32, 16, 16)
@@ -266,7 +266,7 @@ TINY_TEXT: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-SIZES = Sizes.of(unet=TINY_UNET, vae=TINY_VAE, text_encoder=TINY_TEXT, width=32, height=32)
+WORKLOAD = Workload.of(unet=TINY_UNET, vae=TINY_VAE, text_encoder=TINY_TEXT, width=32, height=32)
 
 NETWORKS = (
     NetworkCase("a tiny UNet", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, drawn),

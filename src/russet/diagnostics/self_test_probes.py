@@ -24,7 +24,7 @@ class Probe:
 
 
 def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=Generator().manual_seed(0))
+    return torch.randn(shape, generator=Generator().manual_seed(0), device="cpu")
 
 
 def empty_baddbmm(device: torch.device) -> Pair:
@@ -48,9 +48,29 @@ def strided_weight(device: torch.device) -> Pair:
     return F.linear(x.to(device), weight.to(device).T).cpu(), x @ weight
 
 
+def strided_convolution(device: torch.device) -> Pair:
+    x, weight = noise(1, 16, 8, 8), noise(16, 16, 3, 3)
+    return F.conv2d(x.to(device), weight.to(device).transpose(0, 1)).cpu(), F.conv2d(x, weight.transpose(0, 1))
+
+
+def sliced_channels(device: torch.device) -> Pair:
+    x, weight = noise(2, 64, 32, 32), noise(32, 32, 3, 3)
+    return F.conv2d(x.to(device).chunk(2, dim=1)[1], weight.to(device)).cpu(), F.conv2d(x[:, 32:], weight)
+
+
+def scalar_view(device: torch.device) -> Pair:
+    x, number = noise(8), noise(8)[3]
+    return (x.to(device) * number).cpu(), x * number
+
+
 def long_contraction(device: torch.device) -> Pair:
-    a, b = noise(2, 8, 40000), noise(2, 40000, 8)
+    a, b = noise(2, 32, 40000), noise(2, 40000, 32)  # the defect needs 16 rows and columns
     return torch.bmm(a.to(device), b.to(device)).cpu(), torch.bmm(a, b)
+
+
+def long_matrix(device: torch.device) -> Pair:
+    a, b = noise(32, 40000), noise(40000, 32)
+    return (a.to(device) @ b.to(device)).cpu(), a @ b
 
 
 def channels_last(device: torch.device) -> Pair:
@@ -84,7 +104,11 @@ PROBES = (
     Probe("empty-baddbmm", torch.float32, empty_baddbmm),
     *((Probe("causal-leak", torch.float16, causal_leak),) if hasattr(F, "scaled_dot_product_attention") else ()),
     Probe("strided-linear", torch.float32, strided_weight),
+    Probe("strided-convolution", torch.float32, strided_convolution),
+    Probe("sliced-channels", torch.float32, sliced_channels),
+    Probe("scalar-views", torch.float32, scalar_view),
     Probe("long-contraction", torch.float32, long_contraction),
+    Probe("long-matrix", torch.float32, long_matrix),
     Probe("batched-linear", torch.float32, tokens),
     Probe("batched-linear-m5", torch.float16, half_tokens),
     Probe("dropped-bias", torch.float32, lonely_row),

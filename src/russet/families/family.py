@@ -12,7 +12,7 @@ from torch import Tensor
 
 from russet.backends.cuda.graphs import Graphs
 from russet.errors import ConfigError
-from russet.planning.workload import Sizes
+from russet.planning.workload import Workload
 
 Rows = Mapping[str, Tensor]
 Halves = tuple[Rows, "Rows | None"]
@@ -48,7 +48,7 @@ class CheckedPrompts(Protocol):
 class TextNetworks(Protocol):
     """The text encoders while a run has them."""
 
-    def at_work(self, component: str) -> AbstractContextManager[None]:
+    def at_work(self, component: str) -> AbstractContextManager[Any]:
         """The network is on its device, and this run's alone, until the block ends."""
 
     @property
@@ -88,11 +88,12 @@ class Family(ABC):
     def encode(self, prompts: Any, networks: TextNetworks, *, size: tuple[int, int], guided: bool) -> Halves:
         """Checked prompts → conditioning. size: the pictures' height and width in pixels."""
 
-    def workload(self, **work: Any) -> Sizes:
-        """The numbers that a plan is made from; ``work`` are the fields of ``Sizes`` that say what is asked for."""
+    def workload(self, **work: Any) -> Workload:
+        """The numbers that a plan is made from; ``work`` are the fields of ``Workload`` that say what is asked for."""
         names = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
         configs = {name: getattr(self.component(name), "config", None) for name in names}
-        return Sizes.of(**{name: config for name, config in configs.items() if config is not None}, **work)
+        given = {name: config for name, config in configs.items() if config is not None}
+        return Workload.of(**{"vae": None, **given}, **work)
 
     def common_geometry(self, features: int, tokens: int) -> Geometry:
         """The geometry of a UNet and a VAE whose latents it denoises."""

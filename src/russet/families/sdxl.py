@@ -98,7 +98,9 @@ class StableDiffusionXL(Family):
         if prompts.prompt_embeds is not None and prompts.prompt_2 is not None:
             raise InputError("give either prompt_2 or prompt_embeds, and not both")
         if negative_embeds is not None and (prompts.negative_prompt, prompts.negative_prompt_2) != (None, None):
-            raise InputError("give either negative_prompt and negative_prompt_2 or negative_prompt_embeds, and not both")
+            raise InputError(
+                "give either negative_prompt and negative_prompt_2 or negative_prompt_embeds, and not both"
+            )
         second = read_as_many("prompt_2", given["prompt_2"], count) or texts
         negative = read_as_many("negative_prompt", prompts.negative_prompt, count)
         zeros = (
@@ -194,7 +196,7 @@ class StableDiffusionXL(Family):
                 *given.negative_crops_coords_top_left,
                 given.negative_aesthetic_score,
             ]
-        usual = [*original, *crop, *target]
+        usual: list[float] = [*original, *crop, *target]
         return usual, self._negative_ids(given, usual)
 
     def _negative_ids(self, given: Prompts, usual: list[float]) -> list[float]:
@@ -229,6 +231,8 @@ def check_pair(name: str, value: Any, *, least: int, optional: bool = False) -> 
     if value is None and optional:
         return
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise InputError(f"{name} must be two numbers, of height or top and width or left, not {validation.shown(value)}")
+        raise InputError(
+            f"{name} must be two numbers, of height or top and width or left, not {validation.shown(value)}"
+        )
     for one in value:
         validation.integer(name, one, least=least)

@@ -14,6 +14,8 @@ from russet.text.tokenizer import CLIPTokenizer
 
 log = logging.getLogger(__name__)
 
+SHOWN = 2000  # characters of a text that is ignored, in the warning about it
+
 Encode = Callable[[Tensor], tuple[Tensor, ...]]
 """Token ids [B, N] → tensors with a row for each."""
 
@@ -50,7 +52,7 @@ def encode_distinct(
             log.warning(
                 "the prompt is longer than the %d tokens that the model reads; this part is ignored: %r",
                 tokenizer.model_max_length,
-                lost,
+                lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}… ({len(lost):,} characters)",
             )
     ids = tokenizer(distinct).input_ids.to(encoder.device)
     network = None if graphs is None else identity(encoder)

@@ -75,7 +75,7 @@ def reconditioned(before: Conditioning, changed: Mapping[str, Tensor], known: Ma
 
 def as_tensor(t: float) -> Tensor:
     """A timestep as callbacks know it: a tensor without dimensions, of whole numbers where it is one."""
-    return torch.tensor(int(t) if float(t).is_integer() else t)
+    return torch.tensor(int(t) if float(t).is_integer() else t, device="cpu")
 
 
 def read_latents(given: Any, like: Tensor) -> Tensor:

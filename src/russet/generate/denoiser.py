@@ -38,16 +38,15 @@ def build_denoiser(
 
     Where guidance pauses, a call has one row for each image and not two, and so may take twice as many images.
     """
-    graphs = graphs if plan["graphs"] else None
+    graphs = graphs if plan["cuda_graphs"] else None
     width = unet.config.time_cond_proj_dim
     if width is not None:
         conditioning = conditioning.extended(
             timestep_cond=guidance_embedding(guidance.scale, width).expand(len(conditioning), -1)
         )
-    shared = not any(name in conditioning.positive for name in ADDED)  # the embeddings depend on the timestep alone
     scale = conditioning.positive.get("timestep_cond")
     times = None
-    if plan["times"] == "ahead" and shared:
+    if plan["timestep_embeddings"] == "precomputed":
         times = Times(unet, timesteps, None if scale is None else scale[:1])
 
     def of(conditions: Conditioning, at_once: int) -> Predict:
@@ -55,7 +54,7 @@ def build_denoiser(
         return micro_batched([part(conditions.rows(start, start + at_once)) for start in starts], at_once)
 
     def part(conditions: Conditioning) -> Predict:
-        call = UNetCall(unet, conditions.joined, text_keys=plan["text_keys"], graphs=graphs, times=times)
+        call = UNetCall(unet, conditions.joined, prompt_cache=plan["prompt_cache"], graphs=graphs, times=times)
         predict = call if cache is None else deep_cached(call.with_deep_map, cache)
         if conditions.negative is not None:
             return guided(predict, guidance)
@@ -75,7 +74,7 @@ class UNetCall:
 
     Computes in the UNet's own precision and returns float32, [k·B, C, h, w].
 
-    text_keys: what is kept from the first call on of what every layer makes of the text, in the plan's words.
+    prompt_cache: what is kept of the prompt from the first call on, one of the values of the plan's decision.
     graphs: calls are recorded there, and replayed.
     times: gives the precomputed embeddings of a timestep, or None where it has none.
     """
@@ -85,11 +84,11 @@ class UNetCall:
         unet: UNet2DConditionModel,
         rows: Rows,
         *,
-        text_keys: str = "each call",
+        prompt_cache: str = "off",
         graphs: Graphs | None = None,
         times: Callable[[float], Time | None] | None = None,
     ) -> None:
-        self.unet, self.text_keys, self.graphs, self.times = unet, text_keys, graphs, times
+        self.unet, self.prompt_cache, self.graphs, self.times = unet, prompt_cache, graphs, times
         device, dtype = rows["encoder_hidden_states"].device, unet.dtype
         self.context = rows["encoder_hidden_states"].to(dtype)
         # Time ids keep their precision: Diffusers rounds them to the network's, which moves large sizes by pixels.
@@ -101,10 +100,10 @@ class UNetCall:
 
     @functools.cached_property  # at the first call, when the UNet is on its device
     def text(self) -> Text:
-        if self.text_keys == "each call":
+        if self.prompt_cache == "off":
             return Text(self.context)
-        absorbed = self.text_keys == "absorbed" and self.context.shape[1] <= TEXT  # of more the plan does not know
-        return self.unet.read(self.context, absorbed=absorbed, together=self.text_keys == "kept together")
+        folded = self.prompt_cache == "folded into weights" and self.context.shape[1] <= TEXT  # the plan knows no more
+        return self.unet.read(self.context, absorbed=folded, together=self.prompt_cache == "packed keys and values")
 
     @functools.cached_property
     def recorded_as(self) -> Hashable | None:

@@ -91,6 +91,6 @@ def guidance_embedding(scale: float, width: int) -> Tensor:
     A sinusoidal embedding of 1000 × (scale − 1), sines first, frequencies from 1 to 1/10000.
     """
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device="cpu") * (-math.log(10000.0) / (half - 1)))
     angles = 1000.0 * (scale - 1.0) * frequencies
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]

@@ -7,7 +7,6 @@ finite.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
@@ -15,16 +14,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from russet.generate.conditioning import Conditioning
 from russet.generate.guidance import Guidance
-from russet.planning.plan import Plan
+from russet.residency.form import Precision
 
 log = logging.getLogger(__name__)
 
 CHECK_EVERY = 5  # steps
-UNREAD = {"at once": 0, "one later": 1, "at the end": sys.maxsize}  # checks, by what the plan says of them
+UNREAD = {
+    "immediate": 0,
+    "deferred": 1,
+    "at the end": sys.maxsize,
+}  # checks that may be unread, by the plan's finite_checks
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,10 @@ class FiniteMonitor:
 
 @dataclass(frozen=True)
 class Fallback:
-    """More precise arithmetic for one network: its name, and the plan that asks for it."""
+    """More precise arithmetic for one network: its name, and the precision to have the network work in."""
 
     name: str
-    plan: Plan
+    precision: Precision
 
     def announce(self) -> str:
         """Logs that this is used; returns the note for the result."""
@@ -123,23 +126,14 @@ class Fallback:
         return note
 
 
-def fallbacks(component: str, plan: Plan) -> list[Fallback]:
-    """What can be tried for a network, the cheapest first; nothing where it computes in float32 already."""
-    if plan.dtype(component) == "float32":
+def fallbacks(component: str, network: nn.Module) -> list[Fallback]:
+    """What can be tried for a network, the cheapest first; nothing where its weights are float32 already."""
+    if network.dtype == torch.float32:
         return []
-    precise = changed(plan, f"attention.{component}", plan.precise_attention(component))
     return [
-        Fallback(f"{component}'s attention in float32", precise),
-        Fallback(f"whole {component} in float32", changed(precise, f"dtype.{component}", "float32")),
+        Fallback(f"{component}'s attention in float32", "attention"),
+        Fallback(f"whole {component} in float32", "float32"),
     ]
-
-
-def changed(plan: Plan, name: str, value: object) -> Plan:
-    """The plan with another value for one decision."""
-    decisions = (
-        dataclasses.replace(decision, value=value) if decision.name == name else decision for decision in plan.decisions
-    )
-    return dataclasses.replace(plan, decisions=tuple(decisions))
 
 
 def is_finite(x: Tensor) -> bool:

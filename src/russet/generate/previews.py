@@ -50,7 +50,7 @@ class Previewed(Protocol):
 
     def plan(self) -> Plan: ...
 
-    def at_work(self, component: str, plan: Plan) -> AbstractContextManager[None]: ...
+    def at_work(self, component: str, plan: Plan) -> AbstractContextManager[Any]: ...
 
 
 class Previews:
@@ -91,7 +91,8 @@ def fitted(vae: Autoencoder, device: torch.device) -> LinearMap:
     """The map that belongs to a VAE; encodes four pictures of 128×128 where a latent stands for 8 pixels."""
     side = PATCHES * LATENTS * vae.config.pixels_per_latent
     make = torch.Generator().manual_seed(0)
-    colours = torch.rand(PICTURES, vae.config.in_channels, PATCHES, PATCHES, generator=make) * 2 - 1
+    shape = (PICTURES, vae.config.in_channels, PATCHES, PATCHES)
+    colours = torch.rand(shape, generator=make, device="cpu") * 2 - 1
     pictures = F.interpolate(colours, size=(side, side), mode="nearest")
     z = encoded(vae, pictures.to(device, vae.dtype)).float().cpu()
     wanted = F.interpolate(colours, size=tuple(z.shape[2:]), mode="nearest")

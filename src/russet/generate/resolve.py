@@ -38,6 +38,11 @@ class ResolvedSpec:
     generators: tuple[Generator, ...]
 
     @property
+    def own_streams(self) -> bool:
+        """Whether the noise does not come from generators that the caller gave."""
+        return self.seeds is not None or not self.generators
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         factor = self.geometry.factor
         return self.images, self.geometry.channels, self.height // factor, self.width // factor

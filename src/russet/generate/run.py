@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from russet.generate.deep_cache import DeepCache
 from russet.generate.denoiser import build_denoiser
 from russet.generate.engine import Predict
 from russet.generate.guidance import Guidance
+from russet.generate.overflow import fallbacks
 from russet.generate.phase_times import Clock
 from russet.generate.resolve import COMMON_TENSORS, resolve
 from russet.generate.sampling import DenoisingLoop
 from russet.generate.spec import Spec
 from russet.images.conversion import as_output
 from russet.planning.plan import Plan
+from russet.residency.form import Precision, dtype_named
 from russet.rng import NoiseSource
 from russet.schedulers.scheduler import Scheduler
 
@@ -44,13 +47,9 @@ Output = TypeVar("Output")
 
 
 class OpenNetworks(Protocol):
-    """A pipeline's networks while a run is open."""
+    """A pipeline's networks keep their form while this is open."""
 
-    def at_work(self, component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
-        """The network is on its device, in the form that the plan asks for, until the block ends."""
-
-    def close(self) -> None:
-        """Puts back what the run moved and changed."""
+    def close(self) -> None: ...
 
 
 class Workplace(Protocol):
@@ -72,8 +71,15 @@ class Workplace(Protocol):
         self, *, height: int, width: int, num_images: int, guidance_scale: float, encodes: bool = False
     ) -> Plan: ...
 
-    def open_networks(self, plan: Plan) -> OpenNetworks:
-        """Puts the networks where a run wants them."""
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def run_open(self) -> OpenNetworks: ...
+
+    def at_work(
+        self, component: str, plan: Plan, precision: Precision | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """The network is on its device, in the plan's form or a more precise one, until the block ends."""
 
     def progress_bar(self, *, total: int) -> Any: ...
 
@@ -128,6 +134,7 @@ class Run(Generic[Output]):
         )
         cache = pipe.deep_cache
         self._deep_cache = cache and dataclasses.replace(cache, last_timestep=pipe.scheduler.table.last)
+        self._scheduler = pipe.scheduler
         self.clock = Clock()
         self.interrupt = False
         self.notes: list[str] = size_notes(self.resolved.width, self.resolved.height, self.plan)
@@ -242,21 +249,24 @@ class Run(Generic[Output]):
     def _denoise(self) -> Iterator[RunStep]:
         """Text, the start, and the steps."""
         self.clock.enter("text")
-        self._networks = self.pipe.open_networks(self.plan)
-        warm_up = self.plan.priming and self.pipe.warmed_up != self.pipe.device
+        self._networks = self.pipe.run_open()
+        warm_up = self.plan.warm_up and self.pipe.warmed_up != self.pipe.device
         if warm_up:
             self._encode()  # some torch versions compute a network's first pass otherwise than all later ones
         conditioning = self._encode()
         if self.spec.start.encodes:
             self.clock.enter("encode")
         resolved, device = self.resolved, self.pipe.device
-        noise = NoiseSource(resolved.generators, resolved.shape, device)
+        # A seed's noise is float32; that of the caller's generators has the precision in which Diffusers draws it.
+        drawn_in = torch.float32 if resolved.own_streams else self._unet_dtype
+        noise = NoiseSource(resolved.generators, resolved.shape, device, drawn_in)
         start = self.spec.start.latents(resolved.schedule, noise, resolved.geometry, self._encode_pictures)
         self.clock.enter("denoise")
         loop = self._loop = self._new_loop(conditioning)
         if warm_up:
             self._warm_up(conditioning, start)
         with self.pipe.progress_bar(total=loop.total) as bar:
+            noise = dataclasses.replace(noise, dtype=self._scheduler.noise_dtype(drawn_in))
             for step in loop.steps(noise, start, lambda: self.stopped):
                 bar.update(step.index + 1 - bar.n)
                 if self.spec.callback.function is not None:
@@ -264,7 +274,7 @@ class Run(Generic[Output]):
                 self.clock.pause()
                 yield RunStep(step.index, loop.total, step.t, step.x0, step)
                 self.clock.enter("denoise")
-        self.pipe.finite_in = getattr(torch, self.plan.dtype("unet")) if loop.finite and not loop.notes else None
+        self.pipe.finite_in = self._unet_dtype if loop.finite and not loop.notes else None
         self.notes += loop.notes
 
     def _encode(self) -> Conditioning:
@@ -275,37 +285,43 @@ class Run(Generic[Output]):
         return Conditioning(*halves).to(self.pipe.device).repeated(self.spec.images_per_prompt)
 
     def _encode_pictures(self, pictures: Tensor, generators: tuple[Generator, ...]) -> Tensor:
-        latents, notes = decoding.encode(self.pipe.known("vae"), pictures, generators, self.plan, self._at_work)
+        latents, notes = decoding.encode(
+            self.pipe.known("vae"), pictures, generators, self.plan.vae_batch, self._at_work
+        )
         self.notes += notes
         return latents.to(self.pipe.device)
 
     def _new_loop(self, conditioning: Conditioning) -> DenoisingLoop:
-        dtype = getattr(torch, self.plan.dtype("unet"))
         return DenoisingLoop(
             self.resolved.schedule,
             conditioning,
             self.resolved.guidance,
-            self.plan,
+            finite_checks=self.plan["finite_checks"],
+            fallbacks=fallbacks("unet", self.pipe.known("unet")),
             build=self._build,
             at_work=self._at_work,
-            trusted=self.pipe.finite_in == dtype,
+            trusted=self.pipe.finite_in == self._unet_dtype,
         )
 
-    def _build(self, conditioning: Conditioning, guidance: Guidance, plan: Plan) -> Predict:
-        unet, graphs, timesteps = self.pipe.known("unet"), self.pipe.graphs, self.resolved.schedule.timesteps
-        return build_denoiser(unet, conditioning, guidance, plan, graphs, self._deep_cache, timesteps)
+    @property
+    def _unet_dtype(self) -> torch.dtype:
+        return dtype_named(self.plan.dtype("unet"))
 
-    def _at_work(self, component: str, plan: Plan) -> contextlib.AbstractContextManager[None]:
-        assert self._networks is not None, "the run is closed"
-        return self._networks.at_work(component, plan)
+    def _build(self, conditioning: Conditioning, guidance: Guidance) -> Predict:
+        unet, graphs, timesteps = self.pipe.known("unet"), self.pipe.graphs, self.resolved.schedule.timesteps
+        return build_denoiser(unet, conditioning, guidance, self.plan, graphs, self._deep_cache, timesteps)
+
+    def _at_work(self, component: str, precision: Precision | None = None) -> contextlib.AbstractContextManager[Any]:
+        return self.pipe.at_work(component, self.plan, precision)
 
     def _warm_up(self, conditioning: Conditioning, start: Tensor) -> None:
         """Calls UNet and VAE once and discards what comes of it."""
-        with self._at_work("unet", self.plan):
-            self._build(conditioning, self.resolved.guidance, self.plan)(start, self.resolved.schedule.timesteps[0])
+        with self._at_work("unet"):
+            self._build(conditioning, self.resolved.guidance)(start, self.resolved.schedule.timesteps[0])
         vae = self.pipe.known("vae")
         if vae is not None:
-            decoding.decode(vae, start[: self.plan.vae_batch], self.plan, self._at_work)
+            with self._at_work("vae"):
+                engine.decode(vae, start[: self.plan.vae_batch], self.plan.vae_batch)
         self.pipe.warmed_up = self.pipe.device
 
     def _finish(self) -> Output:
@@ -315,11 +331,9 @@ class Run(Generic[Output]):
         flags = None
         if self.spec.output_type != "latent":
             self.clock.enter("decode")
-            vae, checker = self.pipe.known("vae"), self.pipe.known("safety_checker")
-            pixels, notes = decoding.decode_finite(vae, images, self.plan, self._at_work)
-            processor = self.pipe.known("feature_extractor")
-            if checker is not None and processor is not None:
-                pixels, flags = decoding.check(checker, processor, pixels, self.plan, self._at_work)
+            vae, checker, processor = map(self.pipe.known, ("vae", "safety_checker", "feature_extractor"))
+            pixels, notes = decoding.decode(vae, images, self.plan.vae_batch, self._at_work)
+            pixels, flags = decoding.check(checker, processor, pixels, self.pipe.dtype, self._at_work)
             images = as_output(pixels, self.spec.output_type)
             self.notes += notes
         self.clock.pause()
@@ -345,27 +359,37 @@ class Run(Generic[Output]):
             loop.change(callbacks.reconditioned(loop.conditioning, changed, known), loop.guidance)
 
 
+class OpenRuns(weakref.WeakSet[Run[Any]]):
+    """The runs of a pipeline that somebody holds. A copy of the pipeline, pickled ones too, has none of them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenRuns:
+        return OpenRuns()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OpenRuns, ()
+
+
 class _TextNetworks:
     """The text encoders of a run, for its family."""
 
     def __init__(self, run: Run[Any]) -> None:
         self._run = run
 
-    def at_work(self, component: str) -> contextlib.AbstractContextManager[None]:
-        return self._run._at_work(component, self._run.plan)
+    def at_work(self, component: str) -> contextlib.AbstractContextManager[Any]:
+        return self._run._at_work(component)
 
     @property
     def text_graphs(self) -> Graphs | None:
         plan = self._run.plan
-        return self._run.pipe.graphs if plan["graphs"] and plan.text_encoder == "device" else None
+        return self._run.pipe.graphs if plan["cuda_graphs"] and plan.text_encoder == "device" else None
 
 
 def size_notes(width: int, height: int, plan: Plan) -> list[str]:
     """A note where the device is slow with many pictures of a size."""
-    multiple = plan["bucket"]
+    multiple = plan["size_multiple"]
     if height % multiple == 0 and width % multiple == 0:
         return []
     return [
-        f"{width}×{height} is no multiple of {multiple} pixels: {plan.why('bucket').reason}, so prefer sizes in "
+        f"{width}×{height} is no multiple of {multiple} pixels: {plan.why('size_multiple').reason}, so prefer sizes in "
         f"multiples of {multiple} for many pictures"
     ]

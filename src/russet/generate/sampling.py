@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor
 
@@ -12,14 +13,15 @@ from russet.generate import engine
 from russet.generate.conditioning import Conditioning
 from russet.generate.engine import Predict
 from russet.generate.guidance import Guidance
-from russet.generate.overflow import CHECK_EVERY, FiniteMonitor, Snapshot, fallbacks
-from russet.planning.plan import Plan
+from russet.generate.overflow import CHECK_EVERY, Fallback, FiniteMonitor, Snapshot
+from russet.residency.form import Precision
 from russet.rng import NoiseSource
 from russet.schedulers.schedule import Run as Passage
 from russet.schedulers.schedule import Schedule
 
-Build = Callable[[Conditioning, Guidance, Plan], Predict]
-AtWork = Callable[[str, Plan], "AbstractContextManager[None]"]
+Build = Callable[[Conditioning, Guidance], Predict]
+AtWork = Callable[[str, "Precision | None"], AbstractContextManager[Any]]
+"""Has a network on its device, in the run's form or a more precise one, until the block ends."""
 
 DAMAGED = "the latents are not finite even in float32: the weights or the inputs must be damaged"
 
@@ -29,7 +31,7 @@ class DenoisingLoop:
 
     build: makes the denoiser; called again when the conditioning, the guidance or the UNet's precision has changed,
     since a denoiser may remember its calls.
-    at_work: has a network on its device, in the form that a plan asks for, until the block ends.
+    finite_checks: when checks for overflow are read, as the plan says. fallbacks: what is tried once one fails.
     trusted: whether the UNet has made a whole picture in this precision.
     notes: what went otherwise than planned. finite: whether the latents are, once the loop has ended.
     """
@@ -39,18 +41,21 @@ class DenoisingLoop:
         schedule: Schedule,
         conditioning: Conditioning,
         guidance: Guidance,
-        plan: Plan,
         *,
+        finite_checks: str,
+        fallbacks: Sequence[Fallback],
         build: Build,
         at_work: AtWork,
         trusted: bool,
     ) -> None:
-        self.schedule, self.plan = schedule, plan
+        self.schedule = schedule
         self.total = len(schedule.timesteps)
         self.conditioning, self.guidance = conditioning, guidance
         self.notes: list[str] = []
         self.finite = True
         self.trusted = trusted
+        self._finite_checks, self._fallbacks = finite_checks, [*fallbacks]
+        self._precision: Precision | None = None
         self._build, self._at_work = build, at_work
         self._denoiser: Predict | None = None
         self._passage: Passage | None = None
@@ -76,18 +81,17 @@ class DenoisingLoop:
         start: latents at the schedule's first point. Values that are not finite have the loop go on from the last
         finite snapshot, with more precise arithmetic.
         """
-        left = fallbacks("unet", self.plan)
         snapshot = self._snapshot(0, start, noise)
         while True:
             noise.restore(snapshot.noise)
             passage = self._passage = self.schedule.start_at(snapshot.step).run(snapshot.latents, noise)
-            monitor = FiniteMonitor(snapshot, self.plan["looks"], self.trusted and not self.notes)
+            monitor = FiniteMonitor(snapshot, self._finite_checks, self.trusted and not self.notes)
             self.finite = yield from self._until_overflow(passage, monitor, noise, stopped)
-            if self.finite or not left:
+            if self.finite or not self._fallbacks:
                 break
-            fallback, snapshot = left.pop(0), monitor.finite
+            fallback, snapshot = self._fallbacks.pop(0), monitor.finite
             self.notes.append(fallback.announce())
-            self.plan = fallback.plan
+            self._precision = fallback.precision
             self.change(snapshot.conditioning, snapshot.guidance)
         if not self.finite:
             self.notes.append(DAMAGED)
@@ -97,7 +101,7 @@ class DenoisingLoop:
     ) -> Generator[engine.Step, None, bool]:
         """The same from a snapshot; returns whether all values were finite."""
         done = self.total - len(passage.schedule.timesteps)
-        pace, points = Pace(self.plan["looks"] == "at the end"), self.schedule.points
+        pace, points = Pace(self._finite_checks == "at the end"), self.schedule.points
         steps = engine.denoise(passage, self._predict, done)
         while not stopped() and (step := next(steps, None)) is not None:
             pace.step()
@@ -109,9 +113,9 @@ class DenoisingLoop:
         return monitor.end(passage.latents)
 
     def _predict(self, x: Tensor, t: float) -> Tensor:
-        with self._at_work("unet", self.plan):
+        with self._at_work("unet", self._precision):
             if self._denoiser is None:
-                self._denoiser = self._build(self.conditioning, self.guidance, self.plan)
+                self._denoiser = self._build(self.conditioning, self.guidance)
             return self._denoiser(x, t)
 
     def _snapshot(self, step: int, latents: Tensor, noise: NoiseSource) -> Snapshot:

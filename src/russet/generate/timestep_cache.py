@@ -8,7 +8,7 @@ from torch import Tensor
 
 from russet.models.resnet import Time
 from russet.models.unet import UNet2DConditionModel
-from russet.planning.prepared import TOLD as AT_ONCE
+from russet.planning.memory import PRECOMPUTED as AT_ONCE
 
 
 class Times:

@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from russet.errors import DeviceError, InputError
-from russet.hardware.system import cpu_bf16, cpu_name, glibc_decides, on_macos, process_memory, sysctl, within_container
+from russet.hardware.system import (
+    cpu_amx,
+    cpu_bf16,
+    cpu_name,
+    glibc_decides,
+    on_macos,
+    process_memory,
+    sysctl,
+    within_container,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +68,7 @@ class Facts:
     cuda: Version = ()
     capability: Version = ()
     bf16: bool = False
+    amx: bool = False  # whether a CPU has matrix units for bfloat16 that torch uses (x86's AMX)
     triton: bool = False  # whether kernels can be compiled for the device
     glibc: bool = False  # whether glibc decides what becomes of freed memory, by its own rules
     onednn: bool = False  # whether torch hands out oneDNN's operation for linear layers
@@ -236,10 +246,19 @@ def cpu_facts(common: dict[str, Any]) -> Facts:
         chip=cpu_name(),
         held=process_memory(),
         bf16=cpu_bf16(),
+        amx=built and common["torch"] >= (2, 0) and cpu_amx() and torch_sees_amx(),
         glibc=glibc_decides(),
         onednn=built and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
         **common,
     )
+
+
+def torch_sees_amx() -> bool:
+    """What torch says of AMX where it can be asked (2.5 on); True where it cannot."""
+    import torch
+
+    ask = getattr(getattr(torch, "cpu", None), "_is_amx_tile_supported", None)
+    return ask is None or bool(ask())
 
 
 def mps_facts(common: dict[str, Any]) -> Facts:

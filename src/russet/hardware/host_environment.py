@@ -1,4 +1,4 @@
-"""What is around the machine's device: where models are kept, whether the Hub knows the user, what is set."""
+"""What matters on a machine besides its device: the model cache, the login at the Hub, environment variables."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ PREFIX = "PYTORCH_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class HostEnvironment:
     """``cache`` is the folder of the Hub's downloads and ``disk_free`` the bytes free on its disk.
 
-    ``environment`` holds those variables that change what PyTorch does.
+    ``variables`` holds those environment variables that change what PyTorch does.
     """
 
     cache: str
     disk_free: int
     logged_in: bool
-    environment: Mapping[str, str]
+    variables: Mapping[str, str]
 
 
-def look_around() -> Surroundings:
-    """The surroundings of this process; of the Hub's token no more than whether there is one."""
+def read_host_environment() -> HostEnvironment:
+    """The host environment of this process; of the Hub's token only whether there is one."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    return Surroundings(
+    return HostEnvironment(
         cache=str(cache),
         disk_free=shutil.disk_usage(existing(cache)).free,
         logged_in=get_token() is not None,
-        environment={name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)},
+        variables={name: value for name, value in sorted(os.environ.items()) if name.startswith(PREFIX)},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ def on_macos() -> bool:
     return platform.system() == "Darwin"
 
 
+@functools.cache
 def sysctl(name: str) -> str:
     """One value of macOS's sysctl; empty elsewhere, and where the name is unknown."""
     if not on_macos():
@@ -43,6 +45,7 @@ def within_container(total: int, available: int) -> tuple[int, int]:
     return min(total, int(limit)), max(0, min(available, int(limit) - int(used)))
 
 
+@functools.cache
 def cpu_name() -> str:
     named = sysctl("machdep.cpu.brand_string") or re.search(r"model name\s*:\s*(.+)", read_text("/proc/cpuinfo"))
     if isinstance(named, re.Match):
@@ -52,7 +55,20 @@ def cpu_name() -> str:
 
 def cpu_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself (x86's AMX or AVX-512 BF16)."""
-    return bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", read_text("/proc/cpuinfo")))
+    return not cpu_flags().isdisjoint(("amx_bf16", "avx512_bf16"))
+
+
+def cpu_amx() -> bool:
+    """Whether this CPU has matrix units for bfloat16 (x86's AMX) that oneDNN may use."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "AMX")).upper()
+    return {"amx_bf16", "amx_tile"} <= cpu_flags() and ("AMX" in allowed or allowed in ("DEFAULT", "ALL"))
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that Linux reports for the first processor; empty on other systems."""
+    found = re.search(r"^flags\s*:(.*)$", read_text("/proc/cpuinfo"), re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
 
 
 def glibc_decides() -> bool:

@@ -121,7 +121,7 @@ class CLIPImageProcessor(Component):
         rows = [self._prepared(image) for image in batch]
         if len({row.shape for row in rows}) > 1:
             raise InputError("the pictures come out in different sizes; set do_center_crop, or pass them one by one")
-        return Pixels(torch.stack(rows) if rows else torch.empty(0, 3, *reversed(self.config.cropped())))
+        return Pixels(torch.stack(rows) if rows else torch.empty(0, 3, *reversed(self.config.cropped()), device="cpu"))
 
     def _prepared(self, image: Image.Image) -> torch.Tensor:
         """One picture as [3, H, W] float32."""

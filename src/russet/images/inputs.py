@@ -39,8 +39,9 @@ def read_pictures(name: str, value: Any, *, multiple: int, latent_channels: int 
         same(name, items)
         batch = torch.cat([item if item.dim() == 4 else item[None] for item in items])
     else:
+        came = validation.shown(value)
         raise ArgumentTypeError(
-            f"{name} must be a Pillow image, a NumPy array, a tensor, or a list of one kind, not {validation.shown(value)}"
+            f"{name} must be a Pillow image, a NumPy array, a tensor, or a list of one kind, not {came}"
         )
     return from_batch(name, batch, multiple, latent_channels)
 

@@ -118,7 +118,7 @@ class chunked:
         _require_positive(self, queries=self.queries, keys=1 if self.keys is None else self.keys)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-        mask = _spread(mask, q, k)
+        mask = _spread(None if mask is None else mask.float(), q, k)  # as the scores are
         out = _like_tokens(q, v)
         q, k, v = q.contiguous() * scale, k.contiguous(), v.contiguous()  # once, or each product would copy them again
         step, rows = self.queries, self._piece_by_piece

@@ -25,6 +25,16 @@ def require_tensor(name: str, value: object) -> None:
         raise ArgumentTypeError(f"{name} must be a tensor, not {type(value).__name__}")
 
 
+def as_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as a network takes it: in the network's precision and, on mps, in order.
+
+    There a convolution of half of the channels is wrong from the second row on (pytorch#169342), and one operation on
+    two precisions may end the process (pytorch#121025).
+    """
+    x = x.to(dtype)
+    return x.contiguous() if x.device.type == "mps" else x
+
+
 class Attending(nn.Module):
     """A module that computes attention by the function in ``attention``, which ``Model.set_attention`` replaces."""
 
@@ -120,4 +130,13 @@ class Model(nn.Module, Component):
         for parameters in self._side_by_side():  # each of them is about to move on its own
             parameters.part()
         self.prepared = None
-        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call, no-any-return]
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        put_in_order(self.modules())
+        return self
+
+
+def put_in_order(modules: Iterable[nn.Module]) -> None:
+    """Lays the weights of convolutions on mps out contiguously: any others are misread there (pytorch#192212)."""
+    for module in modules:
+        if isinstance(module, nn.Conv2d) and module.weight.device.type == "mps":
+            module.weight.data = module.weight.data.contiguous()

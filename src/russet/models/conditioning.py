@@ -60,8 +60,8 @@ class Conditioned(Model):
         if condition is not None and self.config.time_cond_proj_dim is None:
             raise InputError("timestep_cond was given, but this network has no time_cond_proj_dim to take it")
         t = times(timestep, sample)
-        waves = self._sinusoids(t, self.config.block_out_channels[0])
-        return self.time_embedding(waves.to(sample.dtype), condition)  # type: ignore[no-any-return]
+        waves = self._sinusoids(t, self.config.block_out_channels[0]).to(sample.dtype)
+        return self.time_embedding(waves, None if condition is None else condition.to(waves.dtype))  # type: ignore[no-any-return]
 
     def _with_class(self, emb: Tensor, labels: Tensor | None) -> Tensor:
         if self.class_embedding is None:

@@ -27,12 +27,12 @@ class ComposedGroupNorm(nn.GroupNorm):
         return torch.addcmul(bias, normed.to(x.dtype).view(x.shape), weight)
 
     def _frugal(self, x: Tensor) -> Tensor:
-        """Eleven operations, and never more than one float32 map."""
+        """Twelve operations, and never more than one float32 map."""
         groups = x.view(x.shape[0], self.num_groups, -1, *x.shape[2:])
         wide = groups.float()  # not var_mean, which mps has from torch 2.3 on only
         mean, variance = wide.mean((2, 3, 4), keepdim=True), wide.var((2, 3, 4), unbiased=False, keepdim=True)
         del wide
-        scale = (variance + self.eps).rsqrt() * self.weight.view(1, self.num_groups, -1, 1, 1)
+        scale = (variance + self.eps).rsqrt() * self.weight.float().view(1, self.num_groups, -1, 1, 1)
         out: Tensor = (groups - mean.to(x.dtype)).flatten(1, 2)
         return out.mul_(scale.flatten(1, 2).to(x.dtype)).add_(self.bias[:, None, None])
 

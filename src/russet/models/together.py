@@ -28,7 +28,7 @@ class SideBySide:
     def lay(self, spare: int = 0) -> None:
         """Joins the parameters, with ``spare`` zeros behind them, if every layer has one and they are not yet."""
         parts = [layer._parameters[self.name] for layer in self.layers]
-        if any(part is None for part in parts) or (self.whole is not None and self._spare >= spare):
+        if not parts or any(part is None for part in parts) or (self.whole is not None and self._spare >= spare):
             return
         if not hasattr(Tensor, "untyped_storage"):  # torch 1.13 cannot tell what lies where
             return

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from russet.backends.ops import convolution, repeated
 from russet.errors import InputError
-from russet.models.base import Stepping, require_tensor
+from russet.models.base import Stepping, as_input, require_tensor
 from russet.models.blocks import down_blocks, mid_block, up_blocks
 from russet.models.conditioning import Conditioned
 from russet.models.resnet import Resnet, Time
@@ -72,7 +72,7 @@ class UNet2DConditionModel(Conditioned, Stepping):
         together: all are one product, if ``lay_together`` was called: all of it is kept while any part is.
         """
         require_tensor("encoder_hidden_states", context)
-        return Text(context, self._readers(), absorbed, self.texts if together else None)
+        return Text(context.to(self.dtype), self._readers(), absorbed, self.texts if together else None)
 
     def _readers(self) -> list[MultiHeadAttention]:
         """The layers that attend to the text."""
@@ -104,7 +104,7 @@ class UNet2DConditionModel(Conditioned, Stepping):
         deep_map: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNetOutput | DeepOutput | tuple[Tensor, ...]:
-        """Predicts from noisy latents at one time.
+        """Predicts from noisy latents at one time, in the precision of the weights, whatever that of the inputs is.
 
         Args:
             sample: noisy latents [B, Cin, h, w], already scaled by the scheduler.
@@ -129,6 +129,9 @@ class UNet2DConditionModel(Conditioned, Stepping):
         """
         text = encoder_hidden_states if isinstance(encoder_hidden_states, Text) else Text(encoder_hidden_states)
         self._check(sample, text.context)
+        sample = as_input(sample, self.dtype)
+        if text.context.dtype != sample.dtype:
+            text = Text(text.context.to(sample.dtype))
         if self.config.center_input_sample:
             sample = 2 * sample - 1
         if isinstance(timestep, Time):
@@ -215,4 +218,5 @@ def _controlled(
             f"a ControlNet gives {len(maps)} down_block_additional_residuals and a mid_block_additional_residual; "
             f"{came} and {'none' if mid_residual is None else 'one'} came"
         )
-    return [repeated(a, len(b)) + b for a, b in zip(maps, down_residuals, strict=True)], mid + mid_residual
+    added = [repeated(a, len(b)) + b.to(a.dtype) for a, b in zip(maps, down_residuals, strict=True)]
+    return added, mid + mid_residual.to(mid.dtype)

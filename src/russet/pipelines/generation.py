@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Concatenate, Generic, Literal, Protocol, TypeVar, cast, overload
@@ -16,14 +15,14 @@ from typing_extensions import ParamSpec
 from russet import validation
 from russet.families.family import Family, Geometry
 from russet.generate.previews import Previews
-from russet.generate.run import Run, current_run
+from russet.generate.run import OpenRuns, Run, current_run
 from russet.generate.spec import Spec
 from russet.models.autoencoder import Autoencoder
 from russet.models.unet import UNet2DConditionModel
 from russet.pipelines.base import DiffusionPipeline
-from russet.planning.plan import Plan
-from russet.planning.workload import Sizes
-from russet.residency.open_run import OpenRun
+from russet.planning.plan_types import COMPONENTS, decided_as
+from russet.planning.workload import Workload
+from russet.residency import weights
 from russet.schedulers.scheduler import Scheduler
 
 Output = TypeVar("Output")
@@ -81,7 +80,7 @@ class GenerationPipeline(DiffusionPipeline, Generic[Output]):
     output: ClassVar[Callable[..., Any]]
 
     unet: UNet2DConditionModel
-    vae: Autoencoder
+    vae: Autoencoder | None
     scheduler: Scheduler
 
     def __init__(self, **components: Any) -> None:
@@ -90,7 +89,7 @@ class GenerationPipeline(DiffusionPipeline, Generic[Output]):
         self.warmed_up: torch.device | None = None
         self._previews = Previews()
         self._latest = LatestCall()
-        self._open: weakref.WeakSet[Run[Any]] = weakref.WeakSet()
+        self._open = OpenRuns()
 
     @property
     def family(self) -> Family:
@@ -128,12 +127,9 @@ class GenerationPipeline(DiffusionPipeline, Generic[Output]):
 
     # -- what a run needs
 
-    def open_networks(self, plan: Plan) -> OpenRun:
-        return OpenRun(self, plan)
-
-    def sizes(
+    def workload(
         self, height: int | None, width: int | None, images: int, *, guided: bool, encodes: bool = False
-    ) -> Sizes:
+    ) -> Workload:
         family, geometry = self.family, self.geometry
         return family.workload(
             height=height or geometry.sample[0] * geometry.factor,
@@ -141,8 +137,16 @@ class GenerationPipeline(DiffusionPipeline, Generic[Output]):
             images=images,
             rows=2 if (guided or self.scheduler.needs_unconditional) and not geometry.distilled else 1,
             encodes=encodes,
+            parameters=self._parameters(),
             deep_branch=None if self.deep_cache is None else self.deep_cache.branch,
         )
+
+    def _parameters(self) -> dict[str, int]:
+        """Numbers of parameters by component, both text encoders together."""
+        found = dict.fromkeys(COMPONENTS, 0)
+        for name, network in self._networks().items():
+            found[decided_as(name)] += weights.parameter_count(network)
+        return found
 
     @property
     def geometry(self) -> Geometry:

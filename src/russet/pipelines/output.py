@@ -31,7 +31,7 @@ class StableDiffusionPipelineOutput:
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
 
-    def to_tuple(self) -> tuple[Any, list[bool] | None]:
+    def to_tuple(self) -> tuple[Any, ...]:
         return self.images, self.nsfw_content_detected
 
     def __getitem__(self, key: int | slice | str) -> Any:
@@ -41,3 +41,10 @@ class StableDiffusionPipelineOutput:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
+
+
+class StableDiffusionXLPipelineOutput(StableDiffusionPipelineOutput):
+    """The same of Stable Diffusion XL, which has no safety checker: as a tuple it is the images alone."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return (self.images,)

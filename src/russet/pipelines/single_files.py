@@ -29,7 +29,7 @@ class SingleFiles:
 
         def _components(self) -> dict[str, Any]: ...
 
-        def whole(self) -> contextlib.AbstractContextManager[None]: ...
+        def weights_in_memory(self) -> contextlib.AbstractContextManager[None]: ...
 
     @classmethod
     def from_single_file(
@@ -112,5 +112,5 @@ class SingleFiles:
             InputError: the path does not end in .safetensors, or a network is missing.
             CheckpointError: the file cannot be written; one that stood there before is intact.
         """
-        with self.whole():
+        with self.weights_in_memory():
             save_single_file(self._components(), path)

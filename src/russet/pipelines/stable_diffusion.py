@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from russet import validation
 from russet.errors import InputError
 from russet.families.sd import Prompts, StableDiffusion
+from russet.generate import safety
 from russet.generate.spec import CallbackSpec, GuidanceSpec, NoiseSpec, SamplingSpec, Spec
 from russet.generate.starts import NoiseStart
 from russet.images.clip_processor import CLIPImageProcessor
@@ -38,12 +39,12 @@ ELSEWHERE = {
 """Arguments of Diffusers' calls that Russet lacks, each with what to do instead."""
 
 PARTS = {
-    "vae": Part(AutoencoderKL, (AutoencoderTiny,)),
+    "vae": Part(AutoencoderKL, (AutoencoderTiny,), optional=True),
     "text_encoder": Part(CLIPTextModel, optional=True),
     "tokenizer": Part(CLIPTokenizer, optional=True),
     "unet": Part(UNet2DConditionModel),
     "scheduler": Part(Scheduler),
-    "safety_checker": Part(StableDiffusionSafetyChecker, optional=True),
+    "safety_checker": Part(StableDiffusionSafetyChecker, optional=True, callable=True),
     "feature_extractor": Part(CLIPImageProcessor, optional=True),
 }
 
@@ -55,19 +56,19 @@ class StableDiffusionBase(GenerationPipeline[StableDiffusionPipelineOutput]):
     family_class = StableDiffusion
     output = StableDiffusionPipelineOutput
 
-    vae: Autoencoder
+    vae: Autoencoder | None
     text_encoder: CLIPTextModel | None
     tokenizer: CLIPTokenizer | None
     unet: UNet2DConditionModel
     scheduler: Scheduler
-    safety_checker: StableDiffusionSafetyChecker | None
+    safety_checker: StableDiffusionSafetyChecker | safety.Filter | None
     feature_extractor: CLIPImageProcessor | None
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
-        if self.safety_checker is not None and self.feature_extractor is None:
+        if isinstance(self.known("safety_checker"), nn.Module) and self.feature_extractor is None:
             raise InputError("a safety_checker needs a feature_extractor, which prepares the pictures for it")
-        if self.safety_checker is None and self.requires_safety_checker:
+        if self.known("safety_checker") is None and self.requires_safety_checker:
             log.warning("this pipeline has no safety checker: no picture is looked at before it is returned")
 
 
@@ -75,8 +76,10 @@ class StableDiffusionPipeline(StableDiffusionBase):
     """Text to image with Stable Diffusion 1.x and 2.x (arXiv:2112.10752).
 
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler: the components.
-        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None.
+        vae, text_encoder, tokenizer, unet, scheduler: the components. Without a VAE latents come out, without a text
+            encoder or a tokenizer encoded prompts go in.
+        safety_checker, feature_extractor: look at every picture, and return those black that they flag; or None. A
+            function in the checker's place is called as ``f(images=…, clip_input=…)`` and returns (images, flags).
     """
 
     @tuple_on_request

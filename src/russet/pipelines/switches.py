@@ -5,32 +5,29 @@ None of them is needed: without them the plan decides.
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from russet import validation
 from russet.errors import ArgumentTypeError
 from russet.generate.deep_cache import DeepCache
-from russet.planning.plan_types import Request
+from russet.residency.pipeline import MovesNetworks
 
 
-class Switches:
+class Switches(MovesNetworks):
     """What a pipeline can be told by hand about attention, the VAE, step caching and progress."""
 
-    if TYPE_CHECKING:  # what the pipeline brings
-
-        def known(self, name: str) -> Any: ...
-
     def __init__(self) -> None:
-        self._choices = Request()
+        super().__init__()
         self._progress: dict[str, Any] = {}
         self.deep_cache: DeepCache | None = None
 
-    def _choose(self, **choices: Any) -> None:
-        self._choices = dataclasses.replace(self._choices, **choices)
+    def known(self, name: str) -> Any:
+        """A component, its weights loaded or not; None where it was left out."""
+        return vars(self).get(name)
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Computes attention for some of the heads at a time, exactly and on any torch.
@@ -103,4 +100,7 @@ class Switches:
         """The bar that shows the steps of a call: a tqdm over ``iterable`` or with ``total`` steps."""
         if (iterable is None) == (total is None):
             raise ArgumentTypeError("progress_bar takes either an iterable or a total")
-        return tqdm(iterable, total=total, **self._progress)
+        options = self._progress
+        if sys.stderr is None and options.get("file") is None:  # as under pythonw: there is nothing to write to
+            options = {**options, "disable": True}
+        return tqdm(iterable, total=total, **options)

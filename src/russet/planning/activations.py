@@ -13,8 +13,12 @@ from russet.backends import norm_heuristics, upsample_heuristics
 from russet.backends.cpu.winograd_heuristics import pays, room
 from russet.backends.gemm_heuristics import gates
 from russet.backends.norm_heuristics import at_once
+from russet.models.clip_text import CLIPTextConfig
+from russet.models.clip_vision import CLIPVisionConfig
+from russet.models.tiny_vae import TinyVAEConfig
+from russet.models.unet_config import Stage, UNetConfig
+from russet.models.vae_config import VAEConfig
 from russet.planning.plan_types import TEXT, AttentionChoice
-from russet.planning.workload import TransformerSizes, UNetSizes, VAESizes
 
 FUSED = AttentionChoice()
 
@@ -28,6 +32,11 @@ class Attended:
     queries: int
     keys: int
     dim: int
+
+    @classmethod
+    def own(cls, batch: int, heads: int, tokens: int, features: int) -> Attended:
+        """Self-attention of ``batch`` rows of tokens."""
+        return cls(batch=batch, heads=heads, queries=tokens, keys=tokens, dim=features // heads)
 
     def scores(self, choice: AttentionChoice) -> int:
         """Numbers in the largest score tensor; 0 where none is built."""
@@ -155,7 +164,7 @@ class Walk:
         t = self.map(area, channels)
         self.norm(2 * t, t)
         if depth:
-            own = Attended(batch=self.rows, heads=heads, queries=area, keys=area, dim=channels // heads)
+            own = Attended.own(self.rows, heads, area, channels)
             text = replace(own, keys=TEXT)
             before = 2 * t if self.how.summed else 3 * t  # x, tokens; and those that entered the block
             self.moment(2 * t, 4 * t, own.scratch(self.how.attention, self.how.width))  # x, tokens; normed, q, k, v
@@ -170,6 +179,11 @@ class Walk:
             self.moment(before, normed, gate, 4 * t)  # the gated layer and its gate
         self.moment(4 * t)
 
+    def attention(self, stage: Stage, areas: list[int]) -> None:
+        """The transformer behind a stage's residual block, where there is one."""
+        if stage.depth is not None:
+            self.transformer(areas[stage.level], stage.channels, stage.heads, stage.depth)
+
     def upsample(self, x: int, channels: int, area: int) -> None:
         """Twice the resolution, of ``x`` to a map with ``area`` positions in each row."""
         out = self.map(area, channels)
@@ -182,101 +196,81 @@ class Walk:
         self.moment(x, *((2 * out,) if filtering is None else (out, filtering)))
 
 
-def unet_peak(u: UNetSizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
+def unet_peak(u: UNetConfig, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of one UNet call on ``rows`` rows of latents ``(h, w)``."""
     walk = Walk(rows, how)
-    areas = [-(-latents[0] // (1 << n)) * -(-latents[1] // (1 << n)) for n in range(len(u.channels))]
-    walk.held = walk.map(areas[0], u.in_channels)
-    skips = way_down(walk, u, areas)
-    bottom = len(areas) - 1
+    areas = [-(-latents[0] // (1 << n)) * -(-latents[1] // (1 << n)) for n in range(len(u.block_out_channels))]
+    skips = [walk.map(areas[0], u.block_out_channels[0])]
+    walk.held = walk.map(areas[0], u.in_channels) + skips[0]
+    for stage in u.input_stages:  # the maps of all of them are held
+        if stage.resampling == "down":
+            out = walk.map(areas[stage.level + 1], stage.channels)
+        else:
+            out = walk.map(areas[stage.level], stage.channels)
+            walk.resnet(areas[stage.level], skips[-1], out, held=True)
+            walk.attention(stage, areas)
+        walk.held += out
+        skips.append(out)
     x = skips[-1]
-    if u.middle is not None:
-        walk.resnet(areas[bottom], x, x, held=True)  # the last of the maps
-        for depth in u.middle:
-            walk.held += x
-            if depth is not None:
-                walk.transformer(areas[bottom], u.channels[bottom], u.heads[bottom], depth)
-            walk.resnet(areas[bottom], x, x)
-            walk.held -= x
-        walk.held += x
-    way_up(walk, u, areas, skips, x if u.middle is not None else 0)
+    for place, stage in enumerate(u.mid_stages):
+        walk.resnet(areas[stage.level], x, x, held=place == 0)
+        walk.held += 0 if place else x  # what comes of it is held until the end
+        walk.attention(stage, areas)
+    way_up(walk, u, areas, skips, x)
     return walk.peak
 
 
-def way_down(walk: Walk, u: UNetSizes, areas: list[int]) -> list[int]:
-    """The maps kept on the way down, all held at its end."""
-    skips = [walk.map(areas[0], u.channels[0])]
-    walk.held += skips[0]
-    for level, channels in enumerate(u.channels):
-        out = walk.map(areas[level], channels)
-        for depth in u.down[level]:
-            walk.resnet(areas[level], skips[-1], out, held=True)
-            if depth is not None:
-                walk.transformer(areas[level], channels, u.heads[level], depth)
-            walk.held += out
-            skips.append(out)
-        if level < len(areas) - 1:
-            skips.append(walk.map(areas[level + 1], channels))
-            walk.held += skips[-1]
-    return skips
-
-
-def way_up(walk: Walk, u: UNetSizes, areas: list[int], skips: list[int], x: int) -> None:
-    """Each residual block sees one more of the maps, joined to ``x``; the middle's lives until the end."""
-    bottom = len(areas) - 1
-    for level in reversed(range(len(areas))):
-        channels = u.channels[level]
-        out = walk.map(areas[level], channels)
-        for place, depth in enumerate(u.up[level]):
-            skip = skips.pop()
-            joined = (x or skip) + skip
-            beside = x if place or level < bottom else 0  # the middle's is held already
-            walk.moment(beside, joined, walk.sums(areas[level], joined))
-            walk.held -= skip if x else 0  # where there is no middle, it is what the way up began with
-            walk.resnet(areas[level], joined, out, spare=True)
-            if depth is not None:
-                walk.transformer(areas[level], channels, u.heads[level], depth)
-            x = out
-        if level:
-            walk.upsample(x, channels, areas[level - 1])
-            x = walk.map(areas[level - 1], channels)
+def way_up(walk: Walk, u: UNetConfig, areas: list[int], skips: list[int], x: int) -> None:
+    """Each residual block sees one more of the maps, joined to ``x``."""
+    middle = len(u.mid_stages) > 0
+    for place, stage in enumerate(u.output_stages):
+        area, skip = areas[stage.level], skips.pop()
+        joined, out = x + skip, walk.map(area, stage.channels)
+        walk.moment(0 if place == 0 else x, joined, walk.sums(area, joined))  # the first is held already
+        walk.held -= skip if middle or place else 0  # without a middle it is what the way up begins with
+        walk.resnet(area, joined, out, spare=True)
+        walk.attention(stage, areas)
+        x = out
+        if stage.resampling == "up":
+            walk.upsample(x, stage.channels, areas[stage.level - 1])
+            x = walk.map(areas[stage.level - 1], stage.channels)
     walk.norm(x, x)
 
 
-def decoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
+def decoder_peak(v: VAEConfig | TinyVAEConfig, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of decoding ``rows`` rows of latents ``(h, w)`` at once: mostly the last change of resolution."""
     walk = Walk(rows, how)
-    if v.blocks:
-        return tiny_peak(walk, v, latents[0] * latents[1] * v.factor**2)
+    if isinstance(v, TinyVAEConfig):
+        return tiny_peak(walk, v.decoder_block_out_channels[0], latents[0] * latents[1] * v.pixels_per_latent**2)
     area = latents[0] * latents[1]
-    x = walk.map(area, v.channels[-1])
-    walk.held = walk.map(area, v.latent) + x
+    x = walk.map(area, v.block_out_channels[-1])
+    walk.held = walk.map(area, v.latent_channels) + x
     middle(walk, v, area)
     walk.held -= x
-    for level in reversed(range(len(v.channels))):
-        out = walk.map(area, v.channels[level])
+    for level in reversed(range(len(v.block_out_channels))):
+        out = walk.map(area, v.block_out_channels[level])
         walk.resnet(area, x, out, spare=True)
         walk.resnet(area, out, out)
         if level:
             x, area = 4 * out, 4 * area
-            walk.upsample(out, v.channels[level], area)
+            walk.upsample(out, v.block_out_channels[level], area)
     return walk.peak
 
 
-def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
+def encoder_peak(v: VAEConfig | TinyVAEConfig, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of encoding pictures of ``rows`` rows of latents ``(h, w)`` at once: mostly its first level."""
     walk = Walk(rows, how)
-    area = latents[0] * latents[1] * v.factor**2
-    if v.blocks:
-        return tiny_peak(walk, v, area)
+    area = latents[0] * latents[1] * v.pixels_per_latent**2
+    if isinstance(v, TinyVAEConfig):
+        return tiny_peak(walk, v.encoder_block_out_channels[0], area)
     walk.held = walk.map(area, 3)
-    x = walk.map(area, v.channels[0])
-    for level, channels in enumerate(v.channels):
+    x = walk.map(area, v.block_out_channels[0])
+    for level, channels in enumerate(v.block_out_channels):
         out = walk.map(area, channels)
         walk.resnet(area, x, out)
-        if v.layers > 1:
+        if v.layers_per_block > 1:
             walk.resnet(area, out, out)
-        if level < len(v.channels) - 1:
+        if level < len(v.block_out_channels) - 1:
             walk.moment(2 * out, out // 4)  # padded by a row and a column first
             x, area = out // 4, area // 4
         else:
@@ -286,29 +280,31 @@ def encoder_peak(v: VAESizes, rows: int, latents: tuple[int, int], how: Arithmet
     return walk.peak
 
 
-def tiny_peak(walk: Walk, v: VAESizes, area: int) -> int:
+def tiny_peak(walk: Walk, channels: int, area: int) -> int:
     """Both ways of a tiny autoencoder are the widest at full size: a block's input, and a convolution's two sides."""
-    x = walk.map(area, v.channels[0])
+    x = walk.map(area, channels)
     walk.moment(walk.map(area, 3), 3 * x)
     return walk.peak
 
 
-def middle(walk: Walk, v: VAESizes, area: int) -> None:
+def middle(walk: Walk, v: VAEConfig, area: int) -> None:
     """A residual block, one head of attention, a residual block, beside their input, which is held already."""
-    x = walk.map(area, v.channels[-1])
+    x = walk.map(area, v.block_out_channels[-1])
     walk.norm(x, x)
-    call = Attended(batch=walk.rows, heads=1, queries=area, keys=area, dim=v.channels[-1])
-    walk.moment(5 * x, call.scratch(walk.how.attention, walk.how.width))  # x; normed, q, k, v
-    walk.moment(7 * x)  # … the result, and the same projected
+    if v.mid_block_add_attention:
+        call = Attended.own(walk.rows, 1, area, v.block_out_channels[-1])
+        walk.moment(5 * x, call.scratch(walk.how.attention, walk.how.width))  # x; normed, q, k, v
+        walk.moment(7 * x)  # … the result, and the same projected
     walk.resnet(area, x, x)
 
 
-def tower_peak(t: TransformerSizes, rows: int, how: Arithmetic) -> int:
+def tower_peak(t: CLIPTextConfig | CLIPVisionConfig, rows: int, how: Arithmetic) -> int:
     """Peak of a CLIP tower on ``rows`` sequences: all layers' outputs are kept, and the last one's work beside them."""
     walk = Walk(rows, how)
-    x = walk.map(t.tokens, t.width)
-    walk.held = (t.layers + 1) * x
-    call = Attended(batch=rows, heads=t.heads, queries=t.tokens, keys=t.tokens, dim=t.width // t.heads)
+    tokens = t.max_position_embeddings if isinstance(t, CLIPTextConfig) else (t.image_size // t.patch_size) ** 2 + 1
+    x = walk.map(tokens, t.hidden_size)
+    walk.held = (t.num_hidden_layers + 1) * x
+    call = Attended.own(rows, t.num_attention_heads, tokens, t.hidden_size)
     walk.moment(4 * x, call.scratch(how.attention, how.width))
-    walk.moment(x, 3 * walk.map(t.tokens, t.hidden))
+    walk.moment(x, 3 * walk.map(tokens, t.intermediate_size))
     return walk.peak

@@ -9,8 +9,7 @@ from russet.errors import InputError
 from russet.hardware.facts import Facts
 from russet.hardware.known_bugs import affected
 from russet.planning.activations import Attended
-from russet.planning.decisions import gigabytes
-from russet.planning.plan_types import AttentionChoice
+from russet.planning.plan_types import AttentionChoice, gigabytes
 
 FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on; its wheels hold them for float32 too
 SHORT = 2**28  # bytes of scores at a time even where memory is plenty: long command buffers meet the GPU's watchdog

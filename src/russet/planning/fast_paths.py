@@ -1,19 +1,17 @@
-"""Which ways of computing the same with less work are worth it on a device: each decision with its reason."""
+"""Which optimisations pay on a device: every decision with its reason."""
 
 from __future__ import annotations
 
 from russet.hardware.facts import Facts
 from russet.hardware.known_bugs import affected
-from russet.planning.calls import unet_rows
-from russet.planning.decisions import Decision, Decisions, gigabytes, settled
-from russet.planning.plan_types import Request
-from russet.planning.prepared import absorbed_bytes, copied_bytes, text_key_bytes
-from russet.planning.workload import Sizes
+from russet.planning.memory import folded_bytes, prompt_kv_bytes, unet_rows, weight_copy_bytes
+from russet.planning.plan_types import Decision, Decisions, Request, gigabytes, resolve
+from russet.planning.workload import Workload
 
 X86 = ("x86_64", "AMD64")  # what Pythons call it on Linux and Windows
 
-ABSORBED = 2**26
-"""Bytes that texts in the weights may take: as much again as a UNet call of one 512×512 picture needs, at the most."""
+MOST_FOLDED = 2**26
+"""Bytes that prompts folded into weights may take: at most what a UNet call of one 512×512 image needs besides."""
 
 LAUNCH_BOUND = 16 * 512 * 512
 """Pixels times rows of a UNet call up to which launching its kernels one by one takes longer than running them.
@@ -22,140 +20,145 @@ On an H200 two rows of 512×512 run in a quarter of the time that their launches
 ms a step, and thirty-two, twice the work, 55: launches take so long where the processor is slow.
 """
 
+NO_TRITON = "Russet's Triton kernels do not run on this device"
+LAYER_BY_LAYER = "with sequential offload, layers are on the device one at a time"
 
-def fast_paths(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -> list[Decision]:
-    """Fused steps, fewer and joined products, kept text, recorded calls; ``found`` is what is decided already."""
+
+def fast_paths(facts: Facts, workload: Workload, request: Request, found: Decisions) -> list[Decision]:
+    """The decisions about optimisations; ``found`` are those that were made before."""
     user = request.user
     return [
-        settled(user, "elementwise", *elementwise(facts)),
-        settled(user, "gated_products", *gated_products(facts, found)),
-        settled(user, "convolutions", *convolutions(facts, found)),
-        settled(user, "doubling", *doubling(facts, found)),
-        settled(user, "linear_layers", *linear_layers(facts)),
-        settled(user, "freed_memory", *freed_memory(facts)),
-        settled(user, "joined_products", *joined_products(facts, found)),
-        settled(user, "residual_sums", *residual_sums(facts, sizes, found)),
-        settled(user, "times", *times(facts, found)),
-        settled(user, "text_keys", *text_keys(facts, sizes, request, found)),
-        settled(user, "graphs", *graphs(facts, sizes, found)),
+        resolve(user, "ops", *ops(facts)),
+        resolve(user, "fused_geglu", *fused_geglu(facts, found)),
+        resolve(user, "winograd", *winograd(facts, found)),
+        resolve(user, "upsample_fusion", *upsample_fusion(facts, found)),
+        resolve(user, "onednn_linear", *onednn_linear(facts)),
+        resolve(user, "malloc_tuning", *malloc_tuning(facts)),
+        resolve(user, "packed_projections", *packed_projections(facts, found)),
+        resolve(user, "residual_fusion", *residual_fusion(facts, workload, found)),
+        resolve(user, "timestep_embeddings", *timestep_embeddings(facts, workload, found)),
+        resolve(user, "prompt_cache", *prompt_cache(facts, workload, request, found)),
+        resolve(user, "cuda_graphs", *cuda_graphs(facts, workload, found)),
     ]
 
 
-def elementwise(facts: Facts) -> tuple[str, str]:
+def ops(facts: Facts) -> tuple[str, str]:
     if facts.triton:
-        return "fused", "each of these steps is limited by memory, and one kernel reads and writes it once"
-    return (
-        "plain",
-        "there are no kernels of ours for this device"
-        if facts.device != "cuda"
-        else "Triton is not there, or no C compiler for it",
-    )
+        return "triton", "memory limits norms and activations, and a fused kernel reads and writes each value once"
+    return "eager", NO_TRITON if facts.device != "cuda" else "Triton, or a C compiler for it, is not installed"
 
 
-def gated_products(facts: Facts, found: Decisions) -> tuple[bool, str]:
+def fused_geglu(facts: Facts, found: Decisions) -> tuple[bool, str]:
     if not facts.triton:
-        return False, "there are no kernels of ours here"
+        return False, NO_TRITON
     if found.offload == "sequential":
-        return False, "layers come to the device one by one"
+        return False, LAYER_BY_LAYER
     if facts.capability < (9, 0):
-        return False, "the GPU does not copy whole tiles by itself, which makes the kernel quick"
+        return False, "the kernel is fast only on GPUs that load tiles asynchronously (compute capability 9.0 and up)"
     if found.width("unet") > 2:
         return False, "the kernel is for half precision"
-    return True, "half of what the product would write, and read again, is never written"
+    return True, "half of the matrix product's result is used at once and never written to memory"
 
 
-def convolutions(facts: Facts, found: Decisions) -> tuple[str, str]:
+def winograd(facts: Facts, found: Decisions) -> tuple[bool, str]:
     if facts.device != "cpu":
-        return "direct", "a GPU multiplies faster than it would bring maps to and fro"
+        return False, "a GPU multiplies faster than it would transform feature maps"
     if "float32" not in (found.dtype("unet"), found.dtype("vae")):
-        return "direct", "in half precision more than the last digits would change"
-    return "winograd", "a quarter of the multiplications; only the last digits of float32 change"
+        return False, "in half precision it would change more than the last digits"
+    return True, "it needs a quarter of the multiplications, and changes only the last digits of float32"
 
 
-def doubling(facts: Facts, found: Decisions) -> tuple[str, str]:
+def upsample_fusion(facts: Facts, found: Decisions) -> tuple[bool, str]:
     if not facts.triton:
-        return "repeated", "there are no kernels of ours here, which would make the weights"
+        return False, NO_TRITON
     if found.offload == "sequential":
-        return "repeated", "layers come to the device one by one"
+        return False, LAYER_BY_LAYER
     if max(found.width("unet"), found.width("vae")) > 2:  # for 256 channels of 256×256 it takes 1.4 times as long
-        return "repeated", "in float32 cuDNN is not always quicker with a transposed convolution, and takes more memory"
-    return "transposed", "four ninths of the multiplications, and the doubled map is never made"
+        return False, "in float32 a transposed convolution of cuDNN is not always faster, and takes more memory"
+    return True, "it needs four ninths of the multiplications, and the upsampled map is never written to memory"
 
 
-def linear_layers(facts: Facts) -> tuple[str, str]:
+def onednn_linear(facts: Facts) -> tuple[bool, str]:
     if facts.device == "cpu" and facts.onednn and facts.machine in X86:
-        return "onednn", "its float32 products are the fastest here"
-    return "native", "PyTorch's choice is the best known here"
+        return True, "oneDNN's matrix products are the fastest on this CPU"
+    return False, "PyTorch chooses the library for linear layers here"
 
 
-def freed_memory(facts: Facts) -> tuple[str, str]:
+def malloc_tuning(facts: Facts) -> tuple[bool, str]:
     if facts.device != "cpu":
-        return "returned", "the device's memory has an allocator of its own"
+        return False, "the device's memory has an allocator of its own"
     if facts.glibc:
-        return "kept", "glibc would give each map back, and the system clear the next one's pages, at every operation"
-    return "returned", "only glibc, by its own rules, is known to gain from keeping it"
+        return True, "glibc would return every feature map to the system, which clears the next one's pages each time"
+    return False, "only glibc with its default settings is known to gain from it"
 
 
-def joined_products(facts: Facts, found: Decisions) -> tuple[bool, str]:
+def packed_projections(facts: Facts, found: Decisions) -> tuple[bool, str]:
     if found.offload == "sequential":
-        return False, "layers come to the device one by one"
+        return False, LAYER_BY_LAYER
     if facts.device == "cpu":
-        return False, "a CPU has no launches to save"
-    return True, "one large product keeps the device busier than three small ones"
+        return False, "one large matrix product is no faster than three smaller ones on a CPU"
+    return True, "one large matrix product keeps the GPU busier than three smaller ones"
 
 
-def residual_sums(facts: Facts, sizes: Sizes, found: Decisions) -> tuple[str, str]:
+def residual_fusion(facts: Facts, workload: Workload, found: Decisions) -> tuple[str, str]:
     if facts.device != "mps":
-        return "apart", "there are no launches to save" if facts.device == "cpu" else "norms take the sums in"
+        return "off", (
+            "a CPU saves nothing with fewer kernels" if facts.device == "cpu" else "the norm kernels compute the sums"
+        )
     if found.offload == "sequential":
-        return "apart", "layers come to the device one by one"
+        return "off", LAYER_BY_LAYER
     if bug := affected(facts, "gathered-operands"):
-        return "apart", f"on this macOS {bug.what}"
-    size = copied_bytes(sizes, found, unet_rows(sizes, found))
+        return "off", f"on this macOS {bug.what}"
+    size = weight_copy_bytes(workload, found, unet_rows(workload, found))
     if found.width("unet") > 2:
-        return "in products", f"one operation for two; in float32 {gigabytes(size)} for copies of weights are too much"
+        return "on", f"fewer kernels; in float32, {gigabytes(size)} for copies of weights would be too much"
     if size > facts.budget // 50:
-        return "in products", f"one operation for two; {gigabytes(size)} for copies of weights are too much to keep"
-    return "in products, with copies", f"one operation for two, some of them by copies of weights: {gigabytes(size)}"
+        return "on", f"fewer kernels; {gigabytes(size)} for copies of weights would be too much"
+    return "with weight copies", f"fewer kernels; copies of some weights take {gigabytes(size)}"
 
 
-def times(facts: Facts, found: Decisions) -> tuple[str, str]:
+def timestep_embeddings(facts: Facts, workload: Workload, found: Decisions) -> tuple[str, str]:
     if facts.device != "mps":
-        return "each call", "to launch so little more takes no time here"
+        return "per call", "a few more small kernels take no time on this device"
     if found.offload == "sequential":
-        return "each call", "layers come to the device one by one"
-    return "ahead", "what the UNet makes of a time is the same for every picture and text"
+        return "per call", LAYER_BY_LAYER
+    if workload.unet.conditioned_per_row:
+        return (
+            "per call",
+            "this network adds conditions of each image (a class, or SDXL's pooled prompt and sizes) to them",
+        )
+    return "precomputed", "they depend on the timestep alone, and not on the image or the prompt"
 
 
-def text_keys(facts: Facts, sizes: Sizes, request: Request, found: Decisions) -> tuple[str, str]:
-    size, absorbed = text_key_bytes(sizes, found), absorbed_bytes(sizes, found)
+def prompt_cache(facts: Facts, workload: Workload, request: Request, found: Decisions) -> tuple[str, str]:
+    size, folded = prompt_kv_bytes(workload, found), folded_bytes(workload, found)
     if found.offload == "sequential":
-        return "each call", "layers come to the device one by one"
+        return "off", LAYER_BY_LAYER
     if size > facts.budget // 50:
-        return "each call", f"{gigabytes(size)} for all prompts are too much to keep"
-    kept = f"the text is the same in all steps, and {gigabytes(size)} keep what is made of it"
+        return "off", f"the keys and values of all prompts would take {gigabytes(size)}, which is too much"
+    kept = f"the prompt is the same in all steps; its keys and values take {gigabytes(size)}"
     if facts.device == "cuda":
-        return "kept together", kept
+        return "packed keys and values", kept
     if facts.device != "mps" or affected(facts, "no-sdpa") or affected(facts, "no-flash"):
-        return "kept", kept
-    if sizes.unet.upcast:
-        return "kept", f"{kept}; this network's scores are computed in float32, apart from its weights"
+        return "keys and values", kept
+    if workload.unet.upcast_attention:
+        return "keys and values", f"{kept}; this network needs float32 scores, which folded weights would not give"
     if request.attention_slicing not in (None, "off"):
-        return "kept", f"{kept}; attention in slices was asked for"
-    if found.width("unet") > 2 or absorbed > min(ABSORBED, facts.budget // 40):
-        return "kept", f"{kept}; {gigabytes(absorbed)} for the text in all weights would be too much"
+        return "keys and values", f"{kept}; attention slicing was requested"
+    if found.width("unet") > 2 or folded > min(MOST_FOLDED, facts.budget // 40):
+        return "keys and values", f"{kept}; folded into the weights they would take {gigabytes(folded)}, too much"
     return (
-        "absorbed",
-        f"the text is the same in all steps, and {gigabytes(absorbed)} hold it multiplied into the weights",
+        "folded into weights",
+        f"the prompt is the same in all steps; folded into the weights it takes {gigabytes(folded)}",
     )
 
 
-def graphs(facts: Facts, sizes: Sizes, found: Decisions) -> tuple[bool, str]:
+def cuda_graphs(facts: Facts, workload: Workload, found: Decisions) -> tuple[bool, str]:
     if facts.device != "cuda":
-        return False, "only CUDA has them"
+        return False, "only CUDA has graphs"
     if found.offload is not None:
-        return False, "weights move between calls"
-    rows = sizes.rows * min(found.micro_batch, sizes.images)
-    if rows * sizes.width * sizes.height > LAUNCH_BOUND:
-        return False, "calls of this size keep the GPU busy for longer than it takes to launch their kernels"
+        return False, "offloading moves weights between calls"
+    rows = workload.rows * min(found.micro_batch, workload.images)
+    if rows * workload.width * workload.height > LAUNCH_BOUND:
+        return False, "kernels of this size run longer than it takes to launch them"
     return True, "launching the kernels one by one would take longer than running them"

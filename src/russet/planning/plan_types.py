@@ -1,13 +1,17 @@
-"""The words of a plan: what can be asked for, and what can be decided. Plain data; nothing here decides.
+"""The data types of a plan: what the user may request, what is decided, and each decision's value with its reason.
 
-What a pipeline does with each decision is said once, in ``MEANING``.
+``MEANING`` says once, for every decision, what the code that carries a plan out does with its value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from typing_extensions import Self
 
 from russet.errors import ArgumentTypeError, InputError
 
@@ -15,52 +19,47 @@ COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 MEANING: Mapping[str, str] = {
-    "dtype.text_encoder": "name of the torch dtype that the text encoders' parameters and inputs have",
-    "dtype.unet": "the same for the UNet; latents stay float32 between steps and are cast on the way in",
-    "dtype.vae": "the same for the VAE; latents are cast to it before decoding, pictures to it before encoding",
+    "dtype.text_encoder": "name of the torch dtype of the text encoders' parameters and inputs",
+    "dtype.unet": "the same for the UNet; latents stay float32 between steps and are cast before each call",
+    "dtype.vae": "the same for the VAE; latents are cast to it before decoding, images before encoding",
     "dtype.safety_checker": "the same for the safety checker",
-    "attention.text_encoder": "AttentionChoice to build and hand to the text encoders' set_attention",
-    "attention.unet": "AttentionChoice to build and hand to the UNet's set_attention",
-    "attention.vae": "AttentionChoice to build and hand to the VAE's set_attention",
+    "attention.text_encoder": "AttentionChoice of the text encoders",
+    "attention.unet": "AttentionChoice of the UNet",
+    "attention.vae": "AttentionChoice of the VAE",
     "contiguous_attention": "True: queries, keys and values are made contiguous before attention",
-    "causal_mask": "'float': the text encoder adds a float mask (0 and -inf); is_causal=True is never used",
-    "group_norm": "'native', or 'composed' of plain operations: for every GroupNorm of UNet and VAE",
+    "group_norm": "'native', or 'composed' of simple operations: every GroupNorm of UNet and VAE",
     "layer_norm": "'native', or 'float32': every LayerNorm's input and weights are cast to it, and its result back",
-    "elementwise": "'plain', or 'fused': norms, activations and sums of UNet and VAE by kernels that do several",
-    "gated_products": "True: products of the UNet's gated layers are kernels that gate what they multiply",
-    "convolutions": "'direct', or 'winograd': those of 3×3 in UNet and VAE with fewer multiplications",
-    "doubling": "'repeated': a map's pixels are, and what comes of it is convolved; or 'transposed': the same of large"
-    " maps by one transposed convolution, with sums of the weights",
-    "linear_inputs": "'as given', or 'flat': tokens enter linear layers, in every network, as one long row of them",
-    "linear_layers": "'native': by the library that PyTorch takes; 'onednn': by oneDNN, in every network",
-    "freed_memory": "'returned' to the system as the C library sees fit; or 'kept' for the next operation while the"
-    " UNet works, and returned afterwards; the VAE's, whose maps are larger, at once",
-    "joined_products": "True: weights multiplied with one input lie side by side, and are one product",
-    "residual_sums": "'apart'; 'in products': the UNet's sums with a product are part of it (see russet.models.sums);"
-    " 'in products, with copies': also those that need copies of weights",
-    "times": "'ahead': what the UNet makes of the times of a run is computed before they come; or 'each call'",
-    "text_keys": "'kept': every layer's keys and values of the text are computed once a prompt; 'kept together': by one"
-    " product for all layers; 'absorbed': and are"
-    " multiplied into the weights around them; or 'each call'",
-    "graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
-    "memory_format": "'channels_last' or 'contiguous': module.to(memory_format=…) of UNet and VAE, and of what enters",
-    "non_blocking": "the argument of that name of every copy to the device",
-    "looks": "when the looks for values that are not finite, one every few steps, are read: 'at once'; 'one later',"
-    " while the device works on; or 'at the end' of the run, in which the host then stays a step ahead of the device",
-    "micro_batch": "how many images the UNet sees in one call (with guidance it sees twice as many rows)",
+    "ops": "'eager': norms, activations and sums of UNet and VAE are PyTorch's operations; 'triton': fused kernels",
+    "fused_geglu": "True: one kernel computes a GEGLU layer's matrix product and its gate",
+    "winograd": "True: 3×3 convolutions of UNet and VAE in float32 use Winograd's algorithm where it is faster",
+    "upsample_fusion": "True: nearest-neighbour upsampling and the 3×3 convolution after it are one transposed"
+    " convolution for large feature maps",
+    "flatten_linear_inputs": "True: every linear layer gets its tokens as one matrix, without a batch dimension",
+    "onednn_linear": "True: linear layers of all networks call oneDNN directly",
+    "malloc_tuning": "True: while the UNet works, the C library keeps freed memory for the next operation",
+    "packed_projections": "True: weights that multiply the same input (queries, keys, values) are packed into one",
+    "residual_fusion": "'off'; 'on': the UNet's residual sums and biases are part of matrix products (addmm);"
+    " 'with weight copies': also those that need a copy of some weights",
+    "timestep_embeddings": "'precomputed' for all steps of a run before its first, or 'per call'",
+    "prompt_cache": "what is computed once a prompt and kept for all steps: 'off'; 'keys and values' of every"
+    " cross-attention layer; 'packed keys and values', computed by one matrix product for all layers; 'folded into"
+    " weights': the keys and values are multiplied into the projections around them",
+    "cuda_graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
+    "memory_format": "'channels_last' or 'contiguous': of the convolutions' weights in UNet and VAE, and their inputs",
+    "finite_checks": "when the checks for NaN and infinity (one every five steps) are read by the CPU: 'immediate';"
+    " 'deferred' by one check, while the device goes on; 'at the end' of the run",
+    "micro_batch": "how many images one UNet call computes (with guidance it gets twice as many rows)",
     "vae_batch": "how many images the VAE decodes or encodes in one call",
-    "vae_tile": "Tile to decode and encode by, or None for the whole picture at once",
-    "text_encoder": "'device': it is there all the time; 'cpu': it encodes on the CPU and stays there; 'freed': its"
-    " weights are dropped once the prompt is encoded, and read from the checkpoint again for the next prompt",
-    "offload": "None: all components are on the device; 'model': each is there only while it works; 'sequential': each"
-    " layer only while it works",
-    "idle_weights": "where weights are that are not on the device: 'cpu'; 'dropped' (deleted, and read from the"
-    " checkpoint again when needed; those of layers, 'sequential', stay on the CPU); 'kept': in the"
-    " memory that CPU and device share; moving them frees nothing",
-    "watermark": "(high, low): set PYTORCH_MPS_HIGH_/LOW_WATERMARK_RATIO before mps is first used, or asked;"
-    " None: leave them",
-    "bucket": "every size is obeyed; one that is no multiple of this many pixels is worth a note to the caller",
-    "priming": "True: run one step of the first call, discard it, and start the call again",
+    "vae_tile": "Tile to decode and encode by, or None for the whole image at once",
+    "text_encoder": "'device': it stays there; 'cpu': it encodes on the CPU; 'unloaded': its weights are removed from"
+    " memory after the prompt is encoded, and read from the checkpoint again for the next prompt",
+    "offload": "None: all networks stay on the device; 'model': each is there only while it works; 'sequential': each"
+    " layer is there only while it works",
+    "offload_target": "where the weights of an offloaded network are: 'cpu'; 'disk': removed from memory and read from"
+    " the checkpoint again ('sequential' offload keeps them on the CPU); 'device': they stay, because CPU and GPU"
+    " share one memory and moving them would free nothing",
+    "size_multiple": "widths and heights that are not a multiple of this many pixels get a note in the result",
+    "warm_up": "True: before the first call on a device, one step is computed and discarded",
 }
 
 
@@ -111,19 +110,21 @@ SMALL_TILE = Tile(size=32, overlap=8)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user decided explicitly; None everywhere means: let the plan decide.
+    """What the user chose explicitly; None everywhere means that the plan decides.
 
     ``dtype`` is one name for all components, or a mapping of component to name. ``attention_slicing`` is what
     ``enable_attention_slicing`` takes: ``"auto"`` (half of the heads at a time), ``"max"`` (one at a time), or a number
     of heads; ``"off"`` is ``disable_attention_slicing``: the whole score matrix, where the plan would have split it.
     ``vae_tiling`` True is in tiles, False never; ``vae_slicing`` True is one image at a time. ``fast_paths``
     False is PyTorch's own operations and nothing else. ``offload`` is
-    ``"model"``, ``"sequential"`` or ``"off"``. ``rereadable`` is no wish but a fact: whether the pipeline can drop
-    weights and read them from their checkpoint again, the one way to free memory that CPU and device share. So is
-    ``unnoticed``: that nobody but the pipeline has looked at the text encoder, who could miss it or have changed it.
+    ``"model"``, ``"sequential"`` or ``"off"``.
+
+    Two fields are facts about the pipeline. ``reloadable``: whether it can read all weights from their checkpoint
+    again, so that removing them frees memory that CPU and GPU share. ``text_encoder_exclusive``: whether no code
+    outside of the pipeline has seen the text encoder, so that nobody can have changed its weights or can miss them.
 
     Raises:
-        InputError: a value outside of what is listed here.
+        InputError: a value that is not listed here.
     """
 
     dtype: str | Mapping[str, str] | None = None
@@ -135,14 +136,14 @@ class Request:
     micro_batch: int | None = None
     memory_format: str | None = None
     fast_paths: bool | None = None
-    rereadable: bool = False
-    unnoticed: bool = False
+    reloadable: bool = False
+    text_encoder_exclusive: bool = False
     user: Mapping[str, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, options in {
             "offload": ("model", "sequential", "off"),
-            "text_encoder": ("device", "cpu", "freed"),
+            "text_encoder": ("device", "cpu", "unloaded"),
             "memory_format": ("contiguous", "channels_last"),
         }.items():
             if getattr(self, name) not in (None, *options):
@@ -156,7 +157,7 @@ class Request:
         object.__setattr__(self, "user", self._explicit())
 
     def _explicit(self) -> dict[str, Any]:
-        """Decision → the user's value, for those whose value the user alone settles."""
+        """Decision → the user's value, for the decisions that the request alone determines."""
         found: dict[str, Any] = {f"dtype.{name}": dtype for name, dtype in self._dtypes().items()}
         for name in ("text_encoder", "micro_batch", "memory_format"):
             if getattr(self, name) is not None:
@@ -168,19 +169,38 @@ class Request:
         if self.vae_slicing:
             found["vae_batch"] = 1
         if self.fast_paths is False:
-            found |= dict.fromkeys(("gated_products", "joined_products", "graphs"), False)
-            found |= {"elementwise": "plain", "residual_sums": "apart", "times": "each call", "text_keys": "each call"}
-            found |= {"convolutions": "direct", "doubling": "repeated"}
-            found |= {"linear_layers": "native", "freed_memory": "returned"}
+            found |= PLAIN_PATHS
         return found
 
     def _dtypes(self) -> dict[str, str]:
         given = dict.fromkeys(COMPONENTS, self.dtype) if isinstance(self.dtype, str) else dict(self.dtype or {})
+        given = {decided_as(name): dtype for name, dtype in given.items()}
         for name, dtype in given.items():
             if name not in COMPONENTS or dtype not in DTYPES:
                 options = f"{', '.join(DTYPES)} for one of {', '.join(COMPONENTS)}"
                 raise InputError(f"a dtype is one of {options}, not {dtype!r} for {name!r}")
         return {name: str(dtype) for name, dtype in given.items()}
+
+
+PLAIN_PATHS: Mapping[str, Any] = {
+    "ops": "eager",
+    "fused_geglu": False,
+    "winograd": False,
+    "upsample_fusion": False,
+    "onednn_linear": False,
+    "malloc_tuning": False,
+    "packed_projections": False,
+    "residual_fusion": "off",
+    "timestep_embeddings": "per call",
+    "prompt_cache": "off",
+    "cuda_graphs": False,
+}
+"""The decisions of ``fast_paths`` with all of them off: PyTorch's own operations, one after another."""
+
+
+def decided_as(component: str) -> str:
+    """The component whose decisions hold for this one: XL's two text encoders are decided about together."""
+    return "text_encoder" if component == "text_encoder_2" else component
 
 
 def check_count(name: str, value: Any, otherwise: str = "") -> None:
@@ -191,3 +211,101 @@ def check_count(name: str, value: Any, otherwise: str = "") -> None:
         raise ArgumentTypeError(f"{name} must be a whole number{otherwise}, not {value!r}")
     if value < 1:
         raise InputError(f"{name} must be at least 1{otherwise}, not {value}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision: ``value`` as ``MEANING[name]`` says, ``reason`` in a sentence, ``by`` the plan or the user."""
+
+    name: str
+    value: Any
+    reason: str
+    by: Literal["plan", "user"] = "plan"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {format_value(self.value)} ({'as requested; ' if self.by == 'user' else ''}{self.reason})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """Some decisions; ``found["micro_batch"]`` is the value of one. A name that was not decided raises KeyError."""
+
+    decisions: tuple[Decision, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self._by_name[name].value
+
+    def why(self, name: str) -> Decision:
+        """A decision with its reason."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Decision]:
+        return {decision.name: decision for decision in self.decisions}
+
+    def extended(self, more: Iterable[Decision]) -> Self:
+        """These decisions and more."""
+        return type(self)(decisions=(*self.decisions, *more))
+
+    def dtype(self, component: str) -> str:
+        """The torch dtype's name for ``"text_encoder"``, ``"unet"``, ``"vae"`` or ``"safety_checker"``."""
+        return cast(str, self[f"dtype.{decided_as(component)}"])
+
+    def width(self, component: str) -> int:
+        """Bytes of one number in a component."""
+        return DTYPES[self.dtype(component)]
+
+    def attention(self, component: str) -> AttentionChoice:
+        """The attention for ``"text_encoder"``, ``"unet"`` or ``"vae"``."""
+        return cast(AttentionChoice, self[f"attention.{decided_as(component)}"])
+
+    @property
+    def micro_batch(self) -> int:
+        return cast(int, self["micro_batch"])
+
+    @property
+    def vae_batch(self) -> int:
+        return cast(int, self["vae_batch"])
+
+    @property
+    def vae_tile(self) -> Tile | None:
+        return cast("Tile | None", self["vae_tile"])
+
+    @property
+    def text_encoder(self) -> str:
+        return cast(str, self["text_encoder"])
+
+    @property
+    def offload(self) -> str | None:
+        return cast("str | None", self["offload"])
+
+    @property
+    def offload_target(self) -> str:
+        return cast(str, self["offload_target"])
+
+    @property
+    def memory_format(self) -> str:
+        return cast(str, self["memory_format"])
+
+    @property
+    def warm_up(self) -> bool:
+        return cast(bool, self["warm_up"])
+
+
+def resolve(user: Mapping[str, Any], name: str, value: Any, reason: str, note: str = "your choice") -> Decision:
+    """The user's value where there is one, with ``note``; else the plan's value, with its reason."""
+    if name in user:
+        return Decision(name, user[name], note, by="user")
+    return Decision(name, value, reason)
+
+
+def format_value(value: Any) -> str:
+    """A decision's value as a person reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a person reads them, rounded upward: ``"2.87 GB"`` (10⁹ bytes)."""
+    return f"{math.ceil(size / 1e7) / 100:.2f} GB"

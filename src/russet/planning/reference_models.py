@@ -1,10 +1,10 @@
-"""The sizes of published checkpoints, so that a machine can be judged before anything is downloaded."""
+"""The shapes of published checkpoints, so that a machine can be judged before anything is downloaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from russet.planning.workload import Sizes
+from russet.planning.workload import Workload
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
@@ -22,7 +22,13 @@ CLIP_G = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
-VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 SAFETY_CHECKER = {
     "projection_dim": 768,
     "vision_config": {
@@ -51,18 +57,19 @@ SDXL_UNET = {
     "transformer_layers_per_block": (1, 2, 10),
     "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "down_block_types": ("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
     "up_block_types": (CROSS_UP, CROSS_UP, "UpBlock2D"),
 }
 
 
-def sd15(*, safety_checker: bool = True, **work: Any) -> Sizes:
-    """Stable Diffusion 1.5 at 512×512, or as ``work`` says (``width``, ``images``, …: see ``Sizes``)."""
+def sd15(*, safety_checker: bool = True, **work: Any) -> Workload:
+    """Stable Diffusion 1.5 at 512×512, or as ``work`` says (``width``, ``images``, …: see ``Workload``)."""
     checker = SAFETY_CHECKER if safety_checker else None
-    return Sizes.of(unet=SD15_UNET, vae=VAE, text_encoder=CLIP_L, safety_checker=checker, **work)
+    return Workload.of(unet=SD15_UNET, vae=VAE, text_encoder=CLIP_L, safety_checker=checker, **work)
 
 
-def sdxl(**work: Any) -> Sizes:
+def sdxl(**work: Any) -> Workload:
     """Stable Diffusion XL base at 1024×1024, or as ``work`` says."""
-    return Sizes.of(unet=SDXL_UNET, vae=VAE, text_encoder=CLIP_L, text_encoder_2=CLIP_G, **work)
+    return Workload.of(unet=SDXL_UNET, vae=VAE, text_encoder=CLIP_L, text_encoder_2=CLIP_G, **work)

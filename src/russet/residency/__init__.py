@@ -1,1 +1,1 @@
-"""Where weights are, and how a plan is carried out."""
+"""Where weights are, in which form networks compute, and what moves them."""

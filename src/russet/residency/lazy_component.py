@@ -1,4 +1,4 @@
-"""Components as attributes of a pipeline, whose weights wait on disk until one is looked at."""
+"""Components as attributes of a pipeline, whose pending weights are loaded on access."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 
-class Slot:
-    """A component as an attribute. To look at a network has the pipeline read what waits, so that nobody sees it empty.
+class LazyComponent:
+    """A component as an attribute. Access to a network has the pipeline load pending weights.
 
-    The pipeline itself goes around this (``pipe.known("unet")``): a network that nobody else has looked at may be
-    dropped and read again, unnoticed.
+    The pipeline itself goes around this (``pipe.known("unet")``): a network that was never handed out may be dropped
+    and read again unnoticed.
     """
 
     def __init__(self, name: str) -> None:
@@ -23,7 +23,7 @@ class Slot:
         if self.name not in vars(pipe):
             raise AttributeError(f"this {type(pipe).__name__} has no {self.name} any more")
         if isinstance(vars(pipe)[self.name], nn.Module):
-            pipe.looked_at(self.name)
+            pipe.load_on_access(self.name)
         return vars(pipe)[self.name]
 
     def __set__(self, pipe: Any, value: Any) -> None:

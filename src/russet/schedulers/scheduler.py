@@ -20,6 +20,7 @@ from russet.errors import InputError, UnsupportedArgument
 from russet.rng import Noise, draw
 from russet.schedulers.schedule import Run, Schedule, of_unit_variance
 from russet.schedulers.schedule_builder import Timetable
+from russet.schedulers.schedule_tensor import ScheduleTensor
 
 Times = float | Sequence[float] | Tensor
 
@@ -35,17 +36,19 @@ class Scheduler(Timetable):
     """A scheduler as Diffusers' programs use it. The attributes and methods have Diffusers' names and meanings.
 
     timesteps: what the model is told, call by call. sigmas: the noise level of each call, and last that of the end.
-    betas, alphas_cumprod: [T] float32. init_noise_sigma: what standard normal noise is multiplied with to start from.
+    betas, alphas_cumprod: [T] float32. All are ``ScheduleTensor``s, except timesteps that were put on a device.
+    init_noise_sigma: what standard normal noise is multiplied with to start from.
     begin_index, step_index: the call that the run begins at, and the one to come.
     """
 
     takes_variance_noise: ClassVar[bool] = False
+    noise_in_float32: ClassVar[bool] = False  # the steps' noise, whatever the model's precision; as Diffusers has it
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         super().__init__(config, **changes)
-        self.betas, self.alphas_cumprod = self.table.betas, self.table.alphas_cumprod
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
-        self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0])
+        self.betas, self.alphas_cumprod = map(ScheduleTensor.of, (self.table.betas, self.table.alphas_cumprod))
+        self.timesteps = ScheduleTensor.of(torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu"))
+        self.sigmas = ScheduleTensor.of(torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0], device="cpu"))
         self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
         self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
@@ -81,8 +84,10 @@ class Scheduler(Timetable):
         validation.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._plan = plan
-        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.int64 if self.whole else torch.float32).to(device)
-        self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma])
+        kind = torch.int64 if self.whole else torch.float32
+        self.timesteps = ScheduleTensor.of(torch.tensor(plan.timesteps, dtype=kind, device="cpu").to(device))
+        sigmas = [*(call.sigma for call in plan.calls), plan.end.sigma]
+        self.sigmas = ScheduleTensor.of(torch.tensor(sigmas, device="cpu"))
         self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
         self._forget()
 
@@ -126,7 +131,7 @@ class Scheduler(Timetable):
         """
         sample = validation.batch("sample", sample)
         output = validation.batch("model_output", model_output, like=sample)
-        noise = self._noise(sample, generator, variance_noise)
+        noise = self._noise(sample, output.dtype, generator, variance_noise)
         (plan, call), options = self._locate(timestep), self.read_options(options, eta)
         if self._run is None:
             solver, border = self.solver(len(plan.points), **options), self.border(**options)
@@ -167,11 +172,16 @@ class Scheduler(Timetable):
                 return told[place]
         return float(np.float32(validation.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
 
-    def _noise(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
+    def noise_dtype(self, model: torch.dtype) -> torch.dtype:
+        """The precision that Diffusers draws the steps' noise in, for a model of a precision."""
+        return torch.float32 if self.noise_in_float32 else model
+
+    def _noise(self, sample: Tensor, model: torch.dtype, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
         if given is None:
             generators = validation.generators(generator, len(sample))
-            return lambda: draw(sample.shape, generators, sample.device)
+            dtype = self.noise_dtype(model) if generators else torch.float32
+            return lambda: draw(sample.shape, generators, sample.device, dtype)
         if not self.takes_variance_noise:
             raise UnsupportedArgument(f"{type(self).__name__} does not take variance_noise; give a generator")
         if generator is not None:
@@ -195,10 +205,10 @@ class Scheduler(Timetable):
 
     def _sigmas(self, timesteps: Times, like: Tensor) -> Tensor:
         """The noise level of each timestep, [B or 1, 1, 1, 1]."""
-        values = torch.as_tensor(timesteps).flatten().tolist()
+        values = torch.as_tensor(timesteps, device=None if isinstance(timesteps, Tensor) else "cpu").flatten().tolist()
         if len(values) not in (1, len(like)):
             raise InputError(f"there are {len(values)} timesteps for a batch of {len(like)}: give one, or one for each")
-        sigmas = torch.tensor([self._sigma_of(t) for t in values])
+        sigmas = torch.tensor([self._sigma_of(t) for t in values], device="cpu")
         return sigmas.view(-1, *[1] * (like.dim() - 1)).to(like.device)
 
     def _sigma_of(self, t: float) -> float:

@@ -8,6 +8,7 @@ The recipe is fixed; a checkpoint brings the vocabulary, the merges and the spec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from russet.config import Config
 from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.text import tokenizer_files
 from russet.text.tokenizer_files import ROLES, Files, content
+from russet.text.tokenizer_head import START, Head, Pieces, heads
 
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
@@ -191,20 +193,41 @@ class CLIPTokenizer(Component):
 
     def cut(self, text: str, max_length: int | None = None) -> str:
         """The part of ``text`` that does not fit into ``max_length`` tokens with bos and eos; "" where all fits."""
-        room, encoded = self._limit(max_length) - 2, self._encoded(text)
-        return text[encoded.offsets[room][0] :] if len(encoded.ids) > room else ""
+        room = self._limit(max_length) - 2
+        head, encoded = self._beginning(text, room + 1)
+        return text[head.place(encoded.offsets[room][0]) :] if len(encoded.ids) > room else ""
 
     def _ids(self, text: str, limit: int | None) -> list[int]:
-        ids = self._encoded(text).ids
-        return [self.bos_token_id, *(ids if limit is None else ids[: limit - 2]), self.eos_token_id]
+        if limit is None:
+            ids = self._encoded(text).ids
+        else:
+            ids = self._beginning(text, limit - 2)[1].ids[: limit - 2]
+        return [self.bos_token_id, *ids, self.eos_token_id]
+
+    def _beginning(self, text: str, needed: int) -> tuple[Head, Any]:
+        """As much of a text as decides its first ``needed`` tokens, and that encoded: they are those of the text."""
+        if not isinstance(text, str) or len(text) <= START or needed < 1:
+            return Head(text, (), whole=True), self._encoded(text)
+        check_unicode(text)
+        added = max(map(len, (*self._added, *(content(self.config[role]) for role in ROLES))))
+        pieces = Pieces(needed, added, self._longest, self.unk_token, END_OF_WORD, self._byte_pairs)
+        for head in heads(text, added):
+            encoded = self._encoded(head.text)
+            if pieces.certain(head, encoded):
+                break
+        return head, encoded
+
+    def _byte_pairs(self, piece: str) -> list[str]:
+        return [token.value for token in self._tokenizer.model.tokenize(piece)]
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._vocab))
 
     def _encoded(self, text: str) -> Any:
         if not isinstance(text, str):
             raise ArgumentTypeError(f"a text must be a str, not {type(text).__name__}: {text!r}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is no valid Unicode (a lone surrogate at {error.start}): {text!r}") from None
+        check_unicode(text)
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _id(self, token: str) -> int:
@@ -293,6 +316,14 @@ def build(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str) -> Tok
     return tokenizer
 
 
+def check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 40) : error.start + 40]
+        raise InputError(f"the text is no valid Unicode (a lone surrogate at {error.start}): {near!r}") from None
+
+
 def added_token(token: str | Mapping[str, Any]) -> AddedToken:
     """A special token with its matching rules; one that is only a text is matched as it is written."""
     rules = {} if isinstance(token, str) else token
@@ -303,4 +334,4 @@ def added_token(token: str | Mapping[str, Any]) -> AddedToken:
 def tensor(rows: list[list[int]]) -> torch.Tensor:
     if len({len(row) for row in rows}) > 1:
         raise InputError("texts of different lengths make no tensor; pad them, or take return_tensors=None")
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")

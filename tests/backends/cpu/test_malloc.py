@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not read_facts("cpu").glibc, reason="glibc by it
 
 COMMON = """
 import resource, torch
-from russet import heap
+from russet.backends.cpu import malloc
 
 def faults(times=8, mib=48):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,12 +36,12 @@ def ran(code: str) -> list[float]:
 
 
 def test_a_block_is_kept_for_the_next_operation() -> None:
-    without, within = ran("a = faults()\nwith heap.kept():\n    faults(24)\n    b = faults()\nprint(a, b)")
+    without, within = ran("a = faults()\nwith malloc.kept():\n    faults(24)\n    b = faults()\nprint(a, b)")
     assert within < without / 20
 
 
 def test_a_block_is_given_back_at_once_where_memory_is_what_counts() -> None:
-    (within,) = ran("with heap.returned():\n    faults(24)\n    print(faults())")
+    (within,) = ran("with malloc.returned():\n    faults(24)\n    print(faults())")
     assert within > 8 * 48 * 2**20 / 2**16  # were pages 64 KiB
 
 
@@ -50,7 +50,7 @@ def test_everything_is_given_back_at_the_end() -> None:
         """
 faults(1)
 before = held()
-with heap.kept():
+with malloc.kept():
     pieces = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
     last = torch.ones(10)
     del pieces[::2]
@@ -67,8 +67,8 @@ print(before, within, after)
 def test_the_last_of_overlapping_blocks_gives_back() -> None:
     within, after = ran(
         """
-with heap.kept():
-    with heap.kept():
+with malloc.kept():
+    with malloc.kept():
         pass
     faults(24)  # until blocks have found places that fit
     within = faults()

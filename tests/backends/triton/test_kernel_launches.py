@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2]
 PICTURES = """
 import importlib, itertools, sys
 import torch
 from torch.nn import functional as F
-from russet import attention, elementwise_triton, kernels_ahead
+from russet.backends.triton import ops as elementwise_triton, warmup as kernels_ahead
+from russet.models import attention
 from kernel_launches import recorded
 from russet.models.activations import silu
 from russet.models.base import hand

@@ -105,7 +105,7 @@ def test_maps_that_do_not_fit_together_are_joined_or_refused_by_pytorch(monkeypa
     steps, x = Fused(silu, False), made(2, 8, 4, 4)
     for kept in (made(2, 4, 4, 4).double(), made(2, 4, 4, 4).contiguous()):
         assert torch.equal(steps.joined(x, kept), torch.cat([x, kept], dim=1))
-    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+    with pytest.raises(RuntimeError, match="Workload of tensors must match"):
         steps.joined(x, made(2, 4, 4, 5))
 
 

@@ -101,5 +101,5 @@ def _sound(bits: Any, dtype: torch.dtype) -> bool:
 @functools.lru_cache
 def _infinity(dtype: torch.dtype) -> int:
     """The bits of infinity, as a whole number."""
-    value = torch.tensor(math.inf, dtype=dtype)
+    value = torch.tensor(math.inf, dtype=dtype, device="cpu")
     return int(value.view(_SIGNED[value.element_size()]))

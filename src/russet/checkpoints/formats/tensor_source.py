@@ -141,10 +141,10 @@ class StoredTensor:
         import torch
 
         if self.count == 0:
-            return torch.empty(self.shape, dtype=self.torch_dtype)
+            return torch.empty(self.shape, dtype=self.torch_dtype, device="cpu")
         values = self._mapped(brief=brief)
         if values is None:
-            raw = torch.empty(self.span * ITEM_SIZES[self.dtype], dtype=torch.uint8)
+            raw = torch.empty(self.span * ITEM_SIZES[self.dtype], dtype=torch.uint8, device="cpu")
             self.file.read_into(raw.numpy().data, self.offset)
             values = raw.view(self.torch_dtype)
         if self.strides is None:

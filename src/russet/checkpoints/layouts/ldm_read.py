@@ -13,16 +13,16 @@ from russet.checkpoints.formats.opening import Weights
 from russet.checkpoints.formats.tensor_source import Source, StoredTensor
 from russet.checkpoints.layouts import ldm_keys, old_configs, old_keys
 from russet.checkpoints.layouts.ldm_keys import Part
-from russet.checkpoints.pending_weights import SPARE_TENSORS, Draft
+from russet.checkpoints.pending_weights import EXTRA_TENSORS, PendingWeights
 from russet.config import Config
 from russet.errors import CheckpointError, ConfigError, KeyMismatch
 
 OTHER_CONFIGS = "Configs other than the bundled ones are given as config="
 
 
-def draft(
+def pending_weights(
     part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = False, dtype: torch.dtype | None = None
-) -> Draft:
+) -> PendingWeights:
     """One network of the file, built and compared with its tensors, none of which is read yet.
 
     Args:
@@ -43,7 +43,7 @@ def draft(
     if recipe.repair:
         parsed = old_configs.repaired(parsed, where)
     try:
-        model = load_state_dict.build(target, parsed, 2 * len(weights.tensors) + SPARE_TENSORS, dtype)  # twice: q, k, v
+        model = load_state_dict.build(target, parsed, 2 * len(weights.tensors) + EXTRA_TENSORS, dtype)  # twice: q, k, v
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         sources = find_tensors(part, weights, shapes, parsed, averaged=averaged)
         load_state_dict.check(model, sources, where)
@@ -51,7 +51,7 @@ def draft(
         raise ConfigError(f"{where}: {error}. {OTHER_CONFIGS}") from None
     except KeyMismatch as error:
         raise KeyMismatch(f"{error} {OTHER_CONFIGS}") from None
-    return Draft(model, where, None, sources)
+    return PendingWeights(model, where, None, sources)
 
 
 def find_tensors(

@@ -15,7 +15,7 @@ from russet.checkpoints.classes import entry_of
 from russet.checkpoints.configs import Recipe
 from russet.checkpoints.layouts import ldm_keys
 from russet.checkpoints.layouts.ldm_keys import Part
-from russet.checkpoints.layouts.ldm_read import draft
+from russet.checkpoints.layouts.ldm_read import pending_weights
 from russet.checkpoints.options import Options, precision_of, read_dtype
 from russet.checkpoints.single_file.locate import locate_file
 from russet.checkpoints.single_file.recipes import Request, SingleFile, named_recipe
@@ -58,7 +58,9 @@ def component(
     precision = read_dtype(torch_dtype=torch_dtype, dtype=dtype)
     file = SingleFile.at(locate_file(source, wanted))
     recipe = component_recipe(name, config, file, wanted)
-    made: T = draft(part_of(name, file), file.weights, recipe, averaged=extract_ema).make(precision_of(precision, ""))
+    made: T = pending_weights(part_of(name, file), file.weights, recipe, averaged=extract_ema).make(
+        precision_of(precision, "")
+    )
     return made
 
 

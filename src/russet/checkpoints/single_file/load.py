@@ -19,7 +19,7 @@ from russet.checkpoints.classes import COMPONENTS, find
 from russet.checkpoints.configs import Recipe
 from russet.checkpoints.formats import weight_file
 from russet.checkpoints.layouts import ldm_keys, old_configs
-from russet.checkpoints.layouts.ldm_read import draft
+from russet.checkpoints.layouts.ldm_read import pending_weights
 from russet.checkpoints.load import Loaded, check_overrides
 from russet.checkpoints.options import Options, Precision, precision_of
 from russet.checkpoints.single_file.locate import locate_file
@@ -72,8 +72,8 @@ def single_file(
             f"{file.path} is a {file.kind} with {', '.join(foreign)}; load it with {recipe.class_name}"
         )
     started = time.perf_counter()
-    drafts = {
-        part.component: draft(
+    pending = {
+        part.component: pending_weights(
             part, file.weights, recipe, averaged=request.extract_ema, dtype=precision_of(dtype, part.component)
         )
         for part in parts
@@ -82,20 +82,20 @@ def single_file(
         log.warning("%s: %d tensors not used, such as %s", file.path, len(strangers), strangers[0][:200])
     wanted = [name for name in SMALL if name in recipe.parts and name not in overrides]
     small = {name: make_small(name, recipe, file.path) for name in wanted}
-    asked = {"unet"} & drafts.keys() if is_open(told, request) else set()
-    now = asked if postponed and weight_file.HELD else drafts.keys()
+    asked = {"unet"} & pending.keys() if is_open(told, request) else set()
+    now = asked if postponed and weight_file.HELD else pending.keys()
     made = {
-        name: draft.make(precision_of(dtype, name)) if name in now else draft.component
-        for name, draft in drafts.items()
+        name: weights.make(precision_of(dtype, name)) if name in now else weights.component
+        for name, weights in pending.items()
     }
     if asked:
         recipe = settle(file, told, request, options, made)
         small["scheduler"] = make_small("scheduler", recipe, file.path)
-    done = "loaded" if now == drafts.keys() else "opened"
+    done = "loaded" if now == pending.keys() else "opened"
     log.info("%s: %s a %s in %.2f s", file.path, done, file.kind, time.perf_counter() - started)
     components = {**dict.fromkeys(recipe.parts), **made, **small, **overrides}
     index = {"_class_name": recipe.class_name, **recipe.settings, "requires_safety_checker": False}
-    filled = {made[name]: draft for name, draft in drafts.items()}
+    filled = {made[name]: weights for name, weights in pending.items()}
     return Loaded(recipe.class_name, components, index, os.fspath(source), filled)
 
 

@@ -21,8 +21,8 @@ def tried(unet: Any) -> Meaning | None:
     None if the answer is neither, or the machine cannot compute in the network's precision.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, unet.config.in_channels, SIDE, SIDE, generator=generator).to(unet.dtype)
-    context = torch.zeros(1, 1, unet.config.cross_attention_dim, dtype=unet.dtype)
+    noise = torch.randn(1, unet.config.in_channels, SIDE, SIDE, generator=generator, device="cpu").to(unet.dtype)
+    context = torch.zeros(1, 1, unet.config.cross_attention_dim, dtype=unet.dtype, device="cpu")
     try:
         answer = unet(noise, LAST_TIMESTEP, context).sample
     except RuntimeError:  # older torch lacks half precision on the CPU

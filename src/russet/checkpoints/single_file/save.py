@@ -89,9 +89,9 @@ def sorted_thirds(found: list[tuple[Place, torch.Tensor]]) -> list[tuple[Place, 
 def markers(family: str, scheduler: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Empty tensors that tell other programs what a model predicts where its family usually does otherwise."""
     if family != "sd2" and scheduler.get("prediction_type") == "v_prediction":
-        yield "v_pred", torch.empty(0)
+        yield "v_pred", torch.empty(0, device="cpu")
     if scheduler.get("rescale_betas_zero_snr"):
-        yield "ztsnr", torch.empty(0)
+        yield "ztsnr", torch.empty(0, device="cpu")
 
 
 def metadata(family: str, scheduler: Mapping[str, Any], title: str) -> dict[str, str]:
