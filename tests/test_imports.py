@@ -31,7 +31,7 @@ ALLOWED = {
     "planning": ROOT | {"models", "hardware", "backends"},
     "checkpoints": ROOT | {"images", "text", "models", "schedulers"},
     "families": ROOT | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "checkpoints"},
-    "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints", "generate", "pipelines"},
+    "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints"},
     "generate": ROOT
     | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "families", "residency"},
 }

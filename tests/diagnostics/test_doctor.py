@@ -6,9 +6,11 @@ import json
 import pytest
 
 from russet.diagnostics.checks import all_checks
-from russet.diagnostics.doctor import doctor
+from russet.diagnostics.doctor import MODELS, doctor, forecast
 from russet.hardware.facts import GIB, Facts, mac, read_facts
 from russet.hardware.host_environment import HostEnvironment, read_host_environment
+from russet.pipelines.registry import PIPELINES
+from russet.planning import reference_models
 
 GOOD = HostEnvironment(cache="/cache", disk_free=100 * GIB, logged_in=True, variables={})
 MAC = mac("M2 Pro", memory_gib=32, macos="15.1", torch="2.13.0")
@@ -55,7 +57,7 @@ def test_every_requirement_says_what_to_do(name, facts, status, advice):
     [
         ("disk", {"disk_free": 10**9}, "problem", "HF_HOME"),
         ("disk", {"disk_free": 9 * 10**9}, "warning", "small model"),
-        ("Hugging Face Hub", {"logged_in": False}, "warning", "hf auth login"),
+        ("Hugging Face Hub", {"logged_in": False}, "ok", "hf auth login"),
         ("PYTORCH_ENABLE_MPS_FALLBACK", {"variables": {"PYTORCH_ENABLE_MPS_FALLBACK": "1"}}, "warning", "CPU"),
         (
             "PYTORCH_MPS_HIGH_WATERMARK_RATIO",
@@ -89,12 +91,18 @@ def test_a_linux_machine_is_not_asked_for_macos():
 
 
 def test_the_two_models_are_planned_or_refused_with_the_reason():
-    small, large = doctor(mac("M1", memory_gib=8), GOOD).forecasts
+    small = doctor(mac("M1", memory_gib=8), GOOD).forecasts[0]
+    large = forecast(mac("M1", memory_gib=8), "XL", reference_models.sdxl())
     assert small.title.startswith("Stable Diffusion 1.5")
     assert small.plan.peak < small.plan.facts.budget
     assert large.plan.offload == "model"
-    assert "tight" in large.plan.explain()
-    assert "need at least" in doctor(mac("M1", memory_gib=6), GOOD).forecasts[1].refusal
+    assert "close other programs" in large.plan.explain()
+    assert "need at least" in forecast(mac("M1", memory_gib=6), "XL", reference_models.sdxl()).refusal
+
+
+def test_only_models_that_russet_has_a_pipeline_for_are_planned():
+    planned = {each.title for each in doctor(MAC, GOOD).forecasts}
+    assert planned == {title for title, (name, _) in MODELS.items() if name in PIPELINES}
 
 
 def test_known_defects_of_the_machine_are_listed():
@@ -109,7 +117,8 @@ def test_a_report_is_json():
     decisions = written["forecasts"][0]["plan"]["decisions"]
     assert decisions["dtype.unet"]["value"] == "float16"
     assert decisions["attention.unet"]["reason"]
-    assert written["forecasts"][1]["plan"] is None
+    small = doctor(mac("M1", memory_gib=2), GOOD).to_dict()
+    assert json.loads(json.dumps(small))["forecasts"][0]["plan"] is None
 
 
 def test_this_machine_can_be_judged():

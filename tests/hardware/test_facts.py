@@ -155,3 +155,23 @@ def test_a_gpu_has_memory_of_its_own():
     assert not gpu.unified
     assert gpu.limit == gpu.budget < 6 * GIB
     assert mac("M1", memory_gib=8).unified
+
+
+@pytest.mark.parametrize(
+    ("flags", "allowed", "amx"),
+    [
+        ({"amx_tile", "amx_bf16", "avx512_bf16"}, None, True),
+        ({"amx_tile", "amx_bf16"}, "AVX512_CORE_BF16", False),
+        ({"amx_tile", "amx_bf16"}, "AVX512_CORE_AMX", True),
+        ({"avx512_bf16"}, None, False),
+        (set(), None, False),
+    ],
+)
+def test_a_cpu_has_matrix_units_where_its_flags_say_so_and_onednn_may_use_them(monkeypatch, flags, allowed, amx):
+    monkeypatch.setattr(system, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    if allowed is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    assert system.cpu_amx() is amx

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from russet.models.norms import ComposedGroupNorm, Float32LayerNorm, set_norms
 from torch import nn
 
-from russet.models.norms import ComposedGroupNorm, Float32LayerNorm, set_norms
 from russet.models.unet import UNet2DConditionModel
 
 TINY = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from russet.models.spare import Spare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from russet.backends.ops import Plain
@@ -14,7 +15,6 @@ from russet.errors import InputError
 from russet.models import sums
 from russet.models.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.models.resnet import Resnet, ResnetStyle
-from russet.models.spare import Spare
 from russet.models.transformer import MultiHeadAttention
 from russet.models.unet import UNet2DConditionModel
 

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from russet.backends.cpu.ops import OnCPU
+from russet.models.norms import set_norms
+from russet.planning.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 
 from russet.backends.cpu import winograd_heuristics
-from russet.backends.cpu.ops import OnCPU
 from russet.checkpoints.load_state_dict import build
 from russet.errors import ConfigError, InputError
 from russet.hardware.facts import mac, parse_version
 from russet.models.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.models.clip_text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from russet.models.norms import set_norms
 from russet.models.safety_checker import SafetyCheckerConfig, StableDiffusionSafetyChecker
 from russet.models.tiny_vae import AutoencoderTiny
 from russet.models.unet import UNet2DConditionModel
 from russet.models.unet_config import UNetConfig
 from russet.models.vae import AutoencoderKL
 from russet.planning import memory, parameter_counts, reference_models
-from russet.planning.activations import Arithmetic, decoder_peak, encoder_peak, tower_peak, unet_peak
 from russet.planning.plan import Request, plan
 from russet.planning.plan_types import AttentionChoice
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from russet.planning.activations import Arithmetic, decoder_peak, unet_peak
 
 from russet.backends import norm_heuristics, upsample_heuristics
 from russet.models.activations import silu
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.planning.activations import Arithmetic, decoder_peak, unet_peak
 
 from .live_bytes import LiveBytes
 

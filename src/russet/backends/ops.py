@@ -1,198 +1,169 @@
-"""What stands between the matrix products of UNet and VAE: norms, activations and sums over maps and tokens.
+"""What stands between the matrix products of UNet and VAE, in as few passes over the memory as a device allows.
 
-    Plain    PyTorch's own operations, on every device
-    Fused    the same in fewer passes over the memory: kernels for CUDA, in ``backends/triton/ops.py``
-    OnCPU    the same with fewer multiplications, in ``backends/cpu/ops.py``
+    EagerOps     PyTorch's own operations, in place where that is safe: on every device
+    TritonOps    fused kernels for CUDA, in ``backends/triton/ops.py``
 
-All give the same results, up to the rounding of what ``Plain`` writes to memory in between. On a GPU these steps take
-half of the time of a UNet call if each is a pass of its own: 4.5 of 9.3 ms on an H200 (Stable Diffusion 1.5 at
-512×512, guided, float16), and 49 of 98 ms for sixteen pictures.
+Both give the results of the plain networks, up to the rounding of what is written to memory in between. The blocks in
+``backends/blocks`` call them, with gradients disabled and on layers that no hook watches.
 
 Letters: B batch, C channels, h w positions of a map, N tokens, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
-Activation = Callable[[Tensor], Tensor]
+from russet.models.activations import Activation
+
 Projection = nn.Linear | nn.Conv2d  # of each position, by weights [Dout, Din] or [Dout, Din, 1, 1]
 
+IN_PLACE: Mapping[Activation, Activation] = {
+    F.silu: functools.partial(F.silu, inplace=True),
+    F.relu: functools.partial(F.relu, inplace=True),
+    F.mish: functools.partial(F.mish, inplace=True),
+}
 
-class Elementwise(Protocol):
-    """The steps. A tensor named ``h`` is the caller's own and may be overwritten; a tensor named ``x`` is kept.
 
-    ``reuses``: whether ``normed`` puts its result in place of a spare x.
+class Ops(Protocol):
+    """A tensor named ``h`` is the caller's own and may be overwritten; a tensor named ``x`` is left as it is.
+
+    ``writes_in_place``: whether ``group_norm`` puts its result into the memory of a donated ``x``.
     """
 
-    reuses: bool
+    writes_in_place: bool
 
-    def normed(
+    def group_norm(
         self,
         x: Tensor,
         norm: nn.GroupNorm,
         act: Activation | None = None,
         shift: Tensor | None = None,
         *,
-        spare: bool = False,
+        donated: bool = False,
     ) -> Tensor:
-        """``act(norm(x + shift))`` of a map [B, C, h, w]; ``shift`` [1 or B, C] is what ``convolved`` left to add.
-
-        Nothing needs a ``spare`` x any more: the result may take its memory.
-        """
+        """``act(norm(x + shift))`` of a map [B, C, h, w]; ``shift`` [1 or B, C] is what ``conv`` left to add."""
         ...
 
-    def normed_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
-        """``norm(x)`` before ``product_added`` to a spare map x, and whether ``last``'s bias is in x already."""
+    def group_norm_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
+        """``norm(x)`` before ``linear_add`` adds ``last``'s product to ``x``, and whether its bias is in ``x`` now."""
         ...
 
-    def convolved(
-        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
+    def conv(
+        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, includes_bias: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """``conv(x) + shift`` for a ``shift`` [1 or B, C], and what of it the next step is left to add.
+        """``conv(x) + shift`` for a ``shift`` [1 or B, C], and the part of the sum that the next operation is left.
 
-        A ``whole`` shift holds the convolution's bias already.
+        ``includes_bias``: the convolution's bias is part of ``shift``.
         """
         ...
 
-    def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """``conv`` of a map [B, C, h, w] whose every pixel is taken as 2×2 equal ones."""
-        ...
-
-    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+    def add(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
         """``h + shift + x`` for maps [B, C, h, w]."""
         ...
 
-    def joined(self, x: Tensor, kept: Tensor) -> Tensor:
+    def cat(self, x: Tensor, skip: Tensor) -> Tensor:
         """The channels of two maps one after another, rows of the second repeated as often as the first has them."""
-        ...
-
-    def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        """``h + x`` for tokens [B, N, D], and that sum normalised."""
         ...
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """``norm(x)`` for tokens [B, N, D]."""
         ...
 
-    def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
-        """Of ``proj(x)`` [B, N, 2D] the first half of the features times the GELU of the second (arXiv:2002.05202)."""
+    def add_layer_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        """``h + x`` for tokens [B, N, D], and that sum normalised."""
         ...
 
-    def added_norm_before(
+    def add_layer_norm_before(
         self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
     ) -> tuple[Tensor, Tensor, bool]:
-        """The same before ``product_added``, and whether ``last``'s bias is in the sum already, though not its norm."""
+        """The same before ``linear_add``, and whether ``last``'s bias is in the sum already (not in what is normed)."""
         ...
 
-    def product_added(self, h: Tensor, last: Projection, x: Tensor, ahead: bool) -> Tensor:
-        """``last(h) + x`` for tokens [B, N, D]; ``ahead``: its bias is in x, which may be overwritten then."""
+    def linear_add(self, h: Tensor, last: Projection, x: Tensor, bias_added: bool) -> Tensor:
+        """``last(h) + x`` for tokens [B, N, D]; ``bias_added``: its bias is in ``x``, which may be overwritten then."""
         ...
 
 
-class Plain:
-    """The steps as PyTorch has them."""
+class EagerOps:
+    """PyTorch's own operations."""
 
-    reuses = False
+    writes_in_place = False
 
-    def normed(
+    def group_norm(
         self,
         x: Tensor,
         norm: nn.GroupNorm,
         act: Activation | None = None,
         shift: Tensor | None = None,
         *,
-        spare: bool = False,
+        donated: bool = False,
     ) -> Tensor:
-        assert shift is None, "nothing is left to add"
-        y: Tensor = norm(x)
-        return y if act is None else act(y)
+        y: Tensor = norm(x if shift is None else x + shift[:, :, None, None])
+        return y if act is None else IN_PLACE.get(act, act)(y)
 
-    def normed_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
-        return self.normed(x, norm), False
+    def group_norm_before(self, x: Tensor, norm: nn.GroupNorm, last: Projection) -> tuple[Tensor, bool]:
+        return norm(x), False
 
-    def convolved(
-        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, whole: bool = False
+    def conv(
+        self, x: Tensor, conv: nn.Conv2d, shift: Tensor | None = None, *, includes_bias: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         if shift is None:
             return conv(x), None
-        if whole and len(shift) == 1:  # the same for all rows, so it can be the bias
+        if includes_bias and len(shift) == 1:  # the same for all rows, so it can be the bias
             return F.conv2d(x, conv.weight, shift[0], conv.stride, conv.padding), None
-        h = F.conv2d(x, conv.weight, None, conv.stride, conv.padding) if whole else conv(x)
+        h = F.conv2d(x, conv.weight, None, conv.stride, conv.padding) if includes_bias else conv(x)
         return h.add_(shift[:, :, None, None]), None
 
-    def doubled(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return resized(self, x, conv, (2 * x.shape[2], 2 * x.shape[3]))
-
-    def added(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
-        assert shift is None, "nothing is left to add"
+    def add(self, h: Tensor, x: Tensor | None, shift: Tensor | None = None) -> Tensor:
+        h = h if shift is None else h.add_(shift[:, :, None, None])
         return h if x is None else h.add_(x)
 
-    def joined(self, x: Tensor, kept: Tensor) -> Tensor:
-        return cat([x, seen(kept, len(x))], dim=1)
-
-    def added_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        total = h.add_(x)
-        return total, norm(total)
+    def cat(self, x: Tensor, skip: Tensor) -> Tensor:
+        return cat([x, viewed_rows(skip, len(x))], dim=1)
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return norm(x)  # type: ignore[no-any-return]
 
-    def geglu(self, x: Tensor, proj: nn.Linear) -> Tensor:
-        return gated(proj(x))
+    def add_layer_norm(self, h: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        total = h.add_(x)
+        return total, norm(total)
 
-    def added_norm_before(
+    def add_layer_norm_before(
         self, h: Tensor, x: Tensor, norm: nn.LayerNorm, last: nn.Linear
     ) -> tuple[Tensor, Tensor, bool]:
-        return *self.added_norm(h, x, norm), False
+        return *self.add_layer_norm(h, x, norm), False
 
-    def product_added(self, h: Tensor, last: Projection, x: Tensor, ahead: bool) -> Tensor:
-        assert not ahead, "nothing is added before its time"
-        return self.added(last(h), x)
+    def linear_add(self, h: Tensor, last: Projection, x: Tensor, bias_added: bool) -> Tensor:
+        assert not bias_added, "these operations add no bias early"
+        y: Tensor = last(h)
+        return y.add_(x)
 
 
-def repeated(x: Tensor, rows: int) -> Tensor:
-    """Rows [B, …], one after another as often as makes ``rows`` of them: pictures that several texts are about."""
+EAGER = EagerOps()
+
+
+def repeated_rows(x: Tensor, rows: int) -> Tensor:
+    """Rows [B, …], one after another as often as makes ``rows`` of them."""
     return x if len(x) == rows else cat([x] * (rows // len(x)))  # which keeps the memory format
 
 
-def seen(x: Tensor, rows: int) -> Tensor:
-    """The same to be read only: a single row in order is not copied, but seen ``rows`` times."""
-    return x.expand(rows, *x.shape[1:]) if len(x) == 1 and x.is_contiguous() else repeated(x, rows)
+def viewed_rows(x: Tensor, rows: int) -> Tensor:
+    """The same to be read only: a single contiguous row is not copied, but expanded."""
+    return x.expand(rows, *x.shape[1:]) if len(x) == 1 and x.is_contiguous() else repeated_rows(x, rows)
 
 
-def gated(h: Tensor) -> Tensor:
-    """The first half of the features [B, N, 2D] times the GELU of the second."""
-    value, gate = h.chunk(2, dim=-1)
-    return gelu(gate).mul_(value)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """``F.gelu``; in float32 where half precision ends the process: on mps before torch 2.0 (pytorch#86218)."""
-    if x.dtype == torch.float16 and x.device.type == "mps" and torch.__version__ < "2.0":  # as versions, not as text
-        return F.gelu(x.float()).to(x.dtype)
-    return F.gelu(x)
-
-
-def convolution(steps: Elementwise, x: Tensor, conv: nn.Conv2d) -> Tensor:
+def whole_conv(ops: Ops, x: Tensor, conv: nn.Conv2d) -> Tensor:
     """``conv(x)``, with nothing left to add."""
-    h, rest = steps.convolved(x, conv)
-    return steps.added(h, None, rest)
+    h, rest = ops.conv(x, conv)
+    return ops.add(h, None, rest)
 
 
-def resized(steps: Elementwise, x: Tensor, conv: nn.Conv2d, size: tuple[int, int]) -> Tensor:
-    """``conv`` of a map whose pixels are repeated until it is of that size [h, w]."""
-    if x.numel() * 4 >= 2**31:
-        x = x.contiguous()  # the CUDA kernel for channels-last counts with 32 bits (pytorch#141831)
-    return convolution(steps, F.interpolate(x, size=size, mode="nearest"), conv)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def flat_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of tokens [B, N, D] as one long row of them.
 
     That is the same product, and right where one of three dimensions is wrong: with a bias on M1 and macOS 26
@@ -202,8 +173,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def hooked(layer: nn.Module) -> bool:
-    """Whether something watches or feeds a layer as it is called, so that its weights must not be read directly."""
-    return bool(layer._forward_pre_hooks or layer._forward_hooks)
-
-
-PLAIN = Plain()
+    """Whether a layer has hooks, a ``forward`` of its own, or is compiled: it must be called, not read."""
+    own = vars(layer)
+    hooks = layer._forward_pre_hooks or layer._forward_hooks
+    return bool(hooks) or "forward" in own or own.get("_compiled_call_impl") is not None

@@ -82,6 +82,10 @@ class PendingWeights:
             load_state_dict.fill(self.component, self.sources, self.where, dtype=dtype, device=device)
         return self.component
 
+    def for_reloading(self) -> PendingWeights:
+        """The same without the component, which whoever keeps this for later would keep alive."""
+        return dataclasses.replace(self, component=None)
+
     def refill(
         self, network: nn.Module, *, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:

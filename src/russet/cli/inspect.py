@@ -53,9 +53,8 @@ def memory_for(report: Report, size: str, device: str | None) -> str:
         raise click.UsageError(f"a size is two numbers of pixels, such as 512x768, not {size!r}")
     if not {"unet", "vae"} <= set(report.configs):
         raise InputError(f"{report.path} holds no whole model, so nothing can be predicted for a picture")
-    from russet.hardware.facts import read_facts
+    from russet.hardware.facts import gigabytes, read_facts
     from russet.planning.plan import plan
-    from russet.planning.plan_types import gigabytes
     from russet.planning.workload import Workload
 
     facts = read_facts(device)

@@ -29,7 +29,7 @@ def pull(model: str, variant: str | None, revision: str | None) -> None:
 def models(as_json: bool) -> None:
     """Lists the downloaded models."""
     from russet.checkpoints.hub import cache
-    from russet.planning.plan_types import gigabytes
+    from russet.hardware.facts import gigabytes
 
     found = cache.cached_models()
     if as_json:
@@ -53,6 +53,6 @@ def models(as_json: bool) -> None:
 def remove(model: str) -> None:
     """Deletes the download of MODEL."""
     from russet.checkpoints.hub import cache
-    from russet.planning.plan_types import gigabytes
+    from russet.hardware.facts import gigabytes
 
     click.echo(f"freed {gigabytes(cache.remove(model))}")

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from russet import validation
-from russet.hardware.facts import Facts, read_facts
-from russet.planning.plan_types import gigabytes
+from russet.hardware.facts import Facts, gigabytes, read_facts
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 COLUMNS = ("machine", "memory", "torch", "precision", "picture", "seconds a step", "seconds a picture", "peak memory")

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from russet.hardware.facts import GIB, Facts, Version, why_no_mps
+from russet.hardware.facts import GIB, Facts, Version, gigabytes, why_no_mps
 from russet.hardware.host_environment import HostEnvironment
 from russet.hardware.known_bugs import affected
-from russet.planning.plan_types import gigabytes
 
 MACOS_FOR_TORCH: tuple[tuple[Version, Version], ...] = (  # (from this torch on, this macOS is needed)
     ((2, 15), (15,)),
@@ -141,8 +140,7 @@ def disk(host: HostEnvironment) -> Check:
 def login(host: HostEnvironment) -> Check:
     if host.logged_in:
         return Check("Hugging Face Hub", "ok", "logged in")
-    advice = "needed for gated and private models alone: `hf auth login`"
-    return Check("Hugging Face Hub", "warning", "not logged in", advice)
+    return Check("Hugging Face Hub", "ok", "not logged in", "only gated and private models need it: `hf auth login`")
 
 
 def variables(host: HostEnvironment) -> Iterator[Check]:

@@ -1,4 +1,4 @@
-"""Is this machine fit for the work? Every requirement as a line, and what two well-known models would do here.
+"""Can this machine generate images? Every requirement with advice, known defects, and plans for well-known models.
 
 ``doctor(read_facts())`` gives a ``Diagnosis``: plain data, for a person to read and for a bug report to carry.
 """
@@ -15,19 +15,21 @@ from russet.errors import DoesNotFit
 from russet.hardware.facts import Facts
 from russet.hardware.host_environment import HostEnvironment, read_host_environment
 from russet.hardware.known_bugs import Bug, known
+from russet.pipelines import registry
 from russet.planning import reference_models
 from russet.planning.plan import Plan, Request, plan
 from russet.planning.workload import Workload
 
 MODELS = {
-    "Stable Diffusion 1.5 at 512×512": reference_models.sd15,
-    "Stable Diffusion XL at 1024×1024": reference_models.sdxl,
+    "Stable Diffusion 1.5 at 512×512": ("StableDiffusionPipeline", reference_models.sd15),
+    "Stable Diffusion XL at 1024×1024": ("StableDiffusionXLPipeline", reference_models.sdxl),
 }
+"""Title → the pipeline that runs the model, and its workload. Models without a pipeline in Russet are left out."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a model would do on this machine: a plan, or why there is none."""
+    """How a model would run on this machine: a plan, or why it cannot."""
 
     title: str
     plan: Plan | None
@@ -36,7 +38,7 @@ class Forecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All that the doctor found."""
+    """All that was found."""
 
     facts: Facts
     host: HostEnvironment
@@ -73,7 +75,9 @@ def doctor(facts: Facts, host: HostEnvironment | None = None) -> Diagnosis:
         host=host,
         checks=tuple(all_checks(facts, host)),
         bugs=known(facts),
-        forecasts=tuple(forecast(facts, title, make()) for title, make in MODELS.items()),
+        forecasts=tuple(
+            forecast(facts, title, make()) for title, (name, make) in MODELS.items() if name in registry.PIPELINES
+        ),
     )
 
 

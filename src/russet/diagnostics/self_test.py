@@ -22,7 +22,7 @@ from russet.diagnostics.self_test_probes import PROBES, Probe
 from russet.hardware.facts import Facts, read_facts
 from russet.hardware.known_bugs import affected
 from russet.planning.plan import Request, plan
-from russet.residency.apply import Applied, lay_out
+from russet.residency.apply import applied, lay_out
 from russet.residency.form import form_of
 
 TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 8e-2}
@@ -117,7 +117,7 @@ def check_network(case: NetworkCase, device: torch.device, dtype: str, facts: Fa
         form = form_of(case.component, made, device)
         network.to(device, form.dtype)
         lay_out(network, form.memory_format)
-        Applied(network, form)
+        applied(network, form)
         return case.run(network, *(x.to(device).to(number) for x in given))
 
     return compared(case.name, dtype, TOLERANCE[dtype] * case.tolerance, there, expected)

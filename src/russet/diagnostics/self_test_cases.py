@@ -14,14 +14,18 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from russet import passes
 from russet.backends import ops
+from russet.backends.blocks.unet import OptimizedUNet
+from russet.backends.layers import ComposedGroupNorm, Float32LayerNorm
 from russet.models import attention
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Model
 from russet.models.clip_text import CLIPTextModel
-from russet.models.norms import set_norms
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
+from russet.passes.base import Choices
+from russet.passes.prompt_cache import cached_prompt
 from russet.planning.workload import Workload
 
 
@@ -53,19 +57,20 @@ TOKENS = (2, 64, 32)
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, composed: bool) -> Tensor:
     norm = nn.GroupNorm(8, 32).to(x)
     norm.weight.data, norm.bias.data = weight, bias
-    set_norms(norm.modules(), composed_groups=composed, float32_layers=False)
+    norm.__class__ = ComposedGroupNorm if composed else nn.GroupNorm
     return norm(x)  # type: ignore[no-any-return]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, wide: bool) -> Tensor:
     norm = nn.LayerNorm(32).to(x)
     norm.weight.data, norm.bias.data = weight, bias
-    set_norms(norm.modules(), composed_groups=False, float32_layers=wide)
+    norm.__class__ = Float32LayerNorm if wide else nn.LayerNorm
     return norm(x)  # type: ignore[no-any-return]
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
-    return ops.gated(ops.linear(x, weight))
+    value, gate = ops.flat_linear(x, weight).chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
 
 
 def embedded(table: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ OPERATIONS = (
     Case("convolution 3×3, stride 2", (MAP, (64, 32, 3, 3)), lambda x, w: F.conv2d(x, w, stride=2, padding=1)),
     Case("convolution 1×1", (MAP, (64, 32, 1, 1)), F.conv2d),
     Case("linear", (TOKENS, (48, 32), (48,)), F.linear, avoided_for=("batched-linear", "batched-linear-m5")),
-    Case("linear on one long row of tokens", (TOKENS, (48, 32), (48,)), ops.linear),
+    Case("linear on one long row of tokens", (TOKENS, (48, 32), (48,)), ops.flat_linear),
     Case(
         "linear on strided tokens",
         (MAP, (48, 32)),
@@ -148,7 +153,9 @@ OPERATIONS = (
 )
 
 
-def attending(name: str, how: attention.Attention, dim: int, queries: int = 256, keys: int | None = None) -> Case:
+def attending(
+    name: str, how: attention.AttentionFunction, dim: int, queries: int = 256, keys: int | None = None
+) -> Case:
     """Attention of 4 heads: ``queries`` tokens to ``keys`` others, by default to themselves."""
     shape, other = (2, 4, queries, dim), (2, 4, keys or queries, dim)
     return Case(f"attention, {name}", (shape, other, other), lambda q, k, v: how(q, k, v, dim**-0.5))
@@ -218,14 +225,20 @@ def drawn(unet: Model, x: Tensor, text: Tensor) -> Tensor:
     return output
 
 
-def told_before(unet: Model, x: Tensor, text: Tensor) -> Tensor:
-    """As in a run of a pipeline: by the text in the weights, a time told beforehand, and sums within products."""
-    assert isinstance(unet, UNet2DConditionModel)
-    unet.lay_together()
-    unet.lay_sums(len(text))
-    known = unet.read(text, absorbed=True)
-    output: Tensor = unet(x[:1], unet.tell([900.0, 500.0])[1], known)[0]
-    unet.drop_sums()
+def with_passes(unet: Model, x: Tensor, text: Tensor) -> Tensor:
+    """As in a run on mps: with the prompt folded into weights, precomputed times, and residual fusion."""
+    wanted = {
+        "shared_prefix": True,
+        "packed_projections": True,
+        "residual_fusion": "with weight copies",
+        "timestep_embeddings": "precomputed",
+        "prompt_cache": "folded into weights",
+    }
+    changes = passes.apply(unet, "unet", Choices({**passes.OFF, **wanted}, rows=len(text)))
+    assert isinstance(unet, OptimizedUNet)
+    context = cached_prompt(unet, text, "folded into weights")
+    output: Tensor = unet(x[:1], unet.precompute_times([900.0, 500.0])[1], context)[0]
+    changes.undo()
     return output
 
 
@@ -270,7 +283,7 @@ WORKLOAD = Workload.of(unet=TINY_UNET, vae=TINY_VAE, text_encoder=TINY_TEXT, wid
 
 NETWORKS = (
     NetworkCase("a tiny UNet", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, drawn),
-    NetworkCase("a tiny UNet, prepared", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, told_before),
+    NetworkCase("a tiny UNet with passes", "unet", ((2, 4, 16, 16), (2, 77, 32)), tiny_unet, with_passes),
     NetworkCase("a tiny VAE, decoding", "vae", ((1, 4, 8, 8),), tiny_vae, decoded),
     NetworkCase("a tiny VAE, encoding", "vae", ((1, 3, 16, 16),), tiny_vae, encoded),
     NetworkCase("a tiny text encoder", "text_encoder", ((1,),), tiny_text, read),

@@ -7,11 +7,12 @@ What the UNet computes far from its ends changes little between neighbouring ste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from russet.generate.engine import Predict
+from russet.models.unet import UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,27 @@ class DeepCache:
 
 
 class DeepCall(Protocol):
-    """The UNet with its conditioning: (output, deep map) as ``UNet2DConditionModel.forward`` has it, output float32."""
+    """The UNet with its conditioning: (output, deep map) as ``from_deep_map`` has it, output float32."""
 
     def __call__(
         self, x: Tensor, t: float, deep_branch: int | None = None, deep_map: Tensor | None = None
     ) -> tuple[Tensor, ...]: ...
+
+
+def from_deep_map(
+    unet: UNet2DConditionModel, x: Tensor, emb: Any, context: Any, branch: int, deep_map: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The UNet's output, and the map that enters the output stage of a branch (section 3.2); 0 is the outermost.
+
+    With the map of an earlier call only the stages outside of it are computed.
+    """
+    start = len(unet.output_stages) - 1 - branch
+    if deep_map is None:
+        skips = unet.down(x, emb, context)
+        deep_map = unet.up(unet.middle(skips[-1], emb, context), skips, emb, context, stop=start)
+    else:
+        skips = unet.down(x, emb, context, count=branch + 1)
+    return unet.head(unet.up(deep_map, skips, emb, context, start=start)), deep_map
 
 
 def deep_cached(call: DeepCall, cache: DeepCache) -> Predict:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from russet.backends.blocks.inputs import Context, TimeShifts
+from russet.backends.blocks.unet import OptimizedUNet
 from russet.backends.cuda.graphs import Graphs, identity
+from russet.backends.ops import repeated_rows
 from russet.generate.conditioning import Conditioning, Rows
-from russet.generate.deep_cache import DeepCache, deep_cached
+from russet.generate.deep_cache import DeepCache, deep_cached, from_deep_map
 from russet.generate.engine import Predict
 from russet.generate.guidance import ALWAYS, Guidance, guidance_embedding, guided, in_interval, unguided_twice
-from russet.generate.timestep_cache import Times
-from russet.models.resnet import Time
-from russet.models.text import Text
 from russet.models.unet import UNet2DConditionModel
+from russet.passes.prompt_cache import PromptCache, cached_prompt
+from russet.passes.timestep_embeddings import TimestepCache
 from russet.planning.plan import Plan
-from russet.planning.plan_types import TEXT
 
 ADDED = ("text_embeds", "time_ids")  # conditioning that UNet2DConditionModel takes by added_cond_kwargs
 
@@ -46,8 +48,8 @@ def build_denoiser(
         )
     scale = conditioning.positive.get("timestep_cond")
     times = None
-    if plan["timestep_embeddings"] == "precomputed":
-        times = Times(unet, timesteps, None if scale is None else scale[:1])
+    if plan["timestep_embeddings"] == "precomputed" and isinstance(unet, OptimizedUNet):
+        times = TimestepCache(unet, timesteps, None if scale is None else scale[:1])
 
     def of(conditions: Conditioning, at_once: int) -> Predict:
         starts = range(0, len(conditions), at_once)
@@ -86,7 +88,7 @@ class UNetCall:
         *,
         prompt_cache: str = "off",
         graphs: Graphs | None = None,
-        times: Callable[[float], Time | None] | None = None,
+        times: Callable[[float], TimeShifts | None] | None = None,
     ) -> None:
         self.unet, self.prompt_cache, self.graphs, self.times = unet, prompt_cache, graphs, times
         device, dtype = rows["encoder_hidden_states"].device, unet.dtype
@@ -99,11 +101,8 @@ class UNetCall:
         }
 
     @functools.cached_property  # at the first call, when the UNet is on its device
-    def text(self) -> Text:
-        if self.prompt_cache == "off":
-            return Text(self.context)
-        folded = self.prompt_cache == "folded into weights" and self.context.shape[1] <= TEXT  # the plan knows no more
-        return self.unet.read(self.context, absorbed=folded, together=self.prompt_cache == "packed keys and values")
+    def text(self) -> Tensor | Context:
+        return cached_prompt(self.unet, self.context, self.prompt_cache)
 
     @functools.cached_property
     def recorded_as(self) -> Hashable | None:
@@ -116,7 +115,7 @@ class UNetCall:
     def with_deep_map(
         self, x: Tensor, t: float, deep_branch: int | None = None, deep_map: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """(output,), or with a branch (output, deep map); see ``UNet2DConditionModel.forward``."""
+        """(output,), or with a branch (output, deep map); see ``from_deep_map``."""
         known = None if self.times is None else self.times(t)
         if known is not None:
             return self._run(x, known, self.text, {}, deep_branch, deep_map)
@@ -132,34 +131,42 @@ class UNetCall:
             left = iter(rest)
             others = {name: next(left) for name in names}
             deep_map = next(left) if deep else None
-            return self._run(x, t, text.of(tuple(left)), others, branch, deep_map)
+            return self._run(x, t, with_tensors(text, tuple(left)), others, branch, deep_map)
 
         time = torch.full((1,), t, dtype=torch.float32, device=x.device)
-        inputs = [x, time, *self.others.values(), *deep, *text.tensors()]
+        inputs = [x, time, *self.others.values(), *deep, *tensors_of(text)]
         assert self.graphs is not None
         return self.graphs.run((self.recorded_as, branch, deep_map is None), recordable, inputs)
 
     def _run(
         self,
         x: Tensor,
-        t: float | Tensor | Time,
-        text: Text,
+        t: float | Tensor | TimeShifts,
+        text: Tensor | Context,
         others: Rows,
         branch: int | None,
         deep_map: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        added = {name: others[name] for name in ADDED if name in others}
-        output, *kept = self.unet(
-            x.to(self.unet.dtype),
-            t,
-            text,
-            timestep_cond=others.get("timestep_cond"),
-            added_cond_kwargs=added or None,
-            deep_branch=branch,
-            deep_map=deep_map,
-            return_dict=False,
-        )
-        return output.float(), *kept
+        unet, added = self.unet, {name: others[name] for name in ADDED if name in others}
+        conditions: dict[str, Any] = {"timestep_cond": others.get("timestep_cond"), "added_cond_kwargs": added or None}
+        x = x.to(unet.dtype)
+        if not isinstance(unet, OptimizedUNet):
+            x = repeated_rows(x, len(self.context))
+        if branch is None:
+            return (unet(x, t, text, **conditions, return_dict=False)[0].float(),)
+        emb = unet.embed(x, cast(Any, t), **conditions)
+        output, deep_map = from_deep_map(unet, x, emb, text, branch, deep_map)
+        return output.float(), deep_map
+
+
+def tensors_of(text: Tensor | Context) -> list[Tensor]:
+    """What of a text a recording reads."""
+    return text.tensors() if isinstance(text, PromptCache) else [text.tensor if isinstance(text, Context) else text]
+
+
+def with_tensors(text: Tensor | Context, tensors: Sequence[Tensor]) -> Tensor | Context:
+    """The same text, of other tensors in the order of ``tensors_of``."""
+    return text.with_tensors(tensors) if isinstance(text, PromptCache) else tensors[0]
 
 
 def micro_batched(parts: Sequence[Predict], rows: int) -> Predict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -321,3 +322,8 @@ def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
         triton=card.major >= 7 and torch.version.hip is None and can_compile(),
         **{**common, "memory": total, "available": free, "cores": card.multi_processor_count},
     )
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as a person reads them, rounded upward: ``"2.87 GB"`` (10⁹ bytes)."""
+    return f"{math.ceil(size / 1e7) / 100:.2f} GB"

@@ -29,7 +29,7 @@ HAS_SDPA = hasattr(F, "scaled_dot_product_attention")  # torch 2.0
 SDPA_TAKES_SCALE = torch.__version__ >= "2.1"  # compared as versions, not as text
 
 
-class Attention(Protocol):
+class AttentionFunction(Protocol):
     """What every function of this module is.
 
     Args:
@@ -54,8 +54,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     """
     if not HAS_SDPA:
         return plain(q, k, v, scale, mask)
-    if q.device.type == "mps" and q.shape[2] <= 8:
-        # The kernel for few queries ignores strides: wrong values (pytorch#163597, pytorch#181133).
+    if q.shape[2] <= 8:  # a kernel for few queries ignores strides: wrong values (pytorch#163597, pytorch#181133)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if SDPA_TAKES_SCALE:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
@@ -171,7 +170,7 @@ class padded:
         InputError: ``dims`` is empty or holds something else than positive ints.
     """
 
-    inner: Attention
+    inner: AttentionFunction
     dims: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -183,15 +182,15 @@ class padded:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         largest = max(q.shape[-1], k.shape[-1], v.shape[-1])
-        q, k, wide = (self.widen(x, largest) for x in (q, k, v))
-        return self.inner(q, k, wide, scale, mask)[..., : v.shape[-1]]
+        q, k, padded_v = (self.pad(x, largest) for x in (q, k, v))
+        return self.inner(q, k, padded_v, scale, mask)[..., : v.shape[-1]]
 
-    def widen(self, x: Tensor, least: int = 0) -> Tensor:
+    def pad(self, x: Tensor, least: int = 0) -> Tensor:
         """``x`` [..., D] zero-padded to the size that holds it and ``least`` features."""
-        size = self.room(max(x.shape[-1], least))
+        size = self.padded_size(max(x.shape[-1], least))
         return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
-    def room(self, features: int) -> int:
+    def padded_size(self, features: int) -> int:
         """The size that heads of so many features are padded to."""
         return next((dim for dim in self.dims if dim >= features), features)
 
@@ -200,7 +199,7 @@ class padded:
 class upcast:
     """``inner`` in float32, for scores too large for half precision; the result has the dtype of q again."""
 
-    inner: Attention
+    inner: AttentionFunction
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         wide = None if mask is None else mask.float()
@@ -212,25 +211,25 @@ class upcast:
 class contiguous:
     """``inner`` on operands whose memory is in order: kernels exist that read strided ones wrongly."""
 
-    inner: Attention
+    inner: AttentionFunction
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
         return self.inner(q.contiguous(), k.contiguous(), v.contiguous(), scale, mask)
 
 
-def is_fused(attention: Attention) -> bool:
+def is_fused(attention: AttentionFunction) -> bool:
     """Whether ``attention`` leaves it all to torch's own kernel, on padded heads or not."""
     return attention is fused or (isinstance(attention, padded) and is_fused(attention.inner))
 
 
-def widened(attention: Attention, x: Tensor) -> Tensor:
+def padded_heads(attention: AttentionFunction, x: Tensor) -> Tensor:
     """``x`` [..., D] with its features zero-padded if ``attention`` would pad them: once instead of in every call."""
-    return attention.widen(x) if isinstance(attention, padded) else x
+    return attention.pad(x) if isinstance(attention, padded) else x
 
 
-def room(attention: Attention, features: int) -> int:
+def padded_size(attention: AttentionFunction, features: int) -> int:
     """What ``attention`` pads heads of so many features to."""
-    return attention.room(features) if isinstance(attention, padded) else features
+    return attention.padded_size(features) if isinstance(attention, padded) else features
 
 
 def _spread(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -101,9 +101,9 @@ class Level:
 
     def stage(
         self, number: int, inputs: int, depth: int | None, resampling: Literal["down", "up"] | None = None
-    ) -> Stage:
+    ) -> StageConfig:
         """One of its stages, where the level is the ``number``-th."""
-        return Stage(
+        return StageConfig(
             level=number,
             inputs=inputs,
             channels=self.channels,
@@ -116,7 +116,7 @@ class Level:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageConfig:
     """One entry of the UNet's flat lists of stages.
 
     A stage is a residual block, a transformer of ``depth`` layers where that is not None, and a change of resolution
@@ -302,9 +302,9 @@ class UNetConfig(Config):
         return self._levels(self.up_block_types[::-1], depths[::-1], extra=1)[::-1]
 
     @functools.cached_property
-    def input_stages(self) -> tuple[Stage, ...]:
+    def input_stages(self) -> tuple[StageConfig, ...]:
         """The stages on the way down, in order; each one's output is also the input of a skip connection."""
-        stages: list[Stage] = []
+        stages: list[StageConfig] = []
         width, last = self.block_out_channels[0], len(self.block_out_channels) - 1
         for number, level in enumerate(self.down_levels):
             for depth in level.depths:
@@ -315,7 +315,7 @@ class UNetConfig(Config):
         return tuple(stages)
 
     @functools.cached_property
-    def mid_stages(self) -> tuple[Stage, ...]:
+    def mid_stages(self) -> tuple[StageConfig, ...]:
         """The stages of the middle, at the lowest resolution: none, one, or one with a transformer and one without."""
         last = len(self.block_out_channels) - 1
         return tuple(
@@ -323,9 +323,9 @@ class UNetConfig(Config):
         )
 
     @functools.cached_property
-    def output_stages(self) -> tuple[Stage, ...]:
+    def output_stages(self) -> tuple[StageConfig, ...]:
         """The stages on the way up, in order; each takes the output of the one before and a skip connection."""
-        stages: list[Stage] = []
+        stages: list[StageConfig] = []
         skips = [self.block_out_channels[0], *(stage.channels for stage in self.input_stages)]
         width, number = skips[-1], len(self.block_out_channels)
         for level in self.up_levels:
@@ -338,7 +338,7 @@ class UNetConfig(Config):
         return tuple(stages)
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[StageConfig, ...]:
         """All stages in the order in which they compute."""
         return (*self.input_stages, *self.mid_stages, *self.output_stages)
 

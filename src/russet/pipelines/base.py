@@ -175,7 +175,7 @@ class DiffusionPipeline(Switches, SingleFiles):
         pipe._dtype = dtype
         pipe._as_given = frozenset(given)
         for network, pending in loaded.pending.items():
-            residency.of(network).source = pending
+            residency.of(network).source = pending.for_reloading()
         plan = None
         with contextlib.suppress(DoesNotFit):  # too large to draw on the CPU is no reason not to load
             plan = pipe.plan()

@@ -81,7 +81,7 @@ class Switches(MovesNetworks):
         Raises:
             InputError: an interval below 1, a branch that the UNet does not have, a start outside of 0..1.
         """
-        most = self.known("unet").deep_branches - 1
+        most = len(self.known("unet").output_stages) - 2
         self.deep_cache = DeepCache(
             validation.integer("interval", interval, least=1),
             validation.integer("branch", branch, least=0, most=most),

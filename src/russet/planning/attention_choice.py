@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from russet.errors import InputError
-from russet.hardware.facts import Facts
+from russet.hardware.facts import Facts, gigabytes
 from russet.hardware.known_bugs import affected
-from russet.planning.activations import Attended
-from russet.planning.plan_types import AttentionChoice, gigabytes
+from russet.models.footprint import Attended
+from russet.planning.plan_types import AttentionChoice
 
 FLASH_HEADS = (32, 64, 72, 80, 96, 128, 256)  # mps, torch 2.13 on; its wheels hold them for float32 too
 SHORT = 2**28  # bytes of scores at a time even where memory is plenty: long command buffers meet the GPU's watchdog

@@ -88,6 +88,18 @@ DEFECTS: tuple[tuple[str, tuple[str, ...], tuple[Any, str], tuple[Any, str]], ..
         (False, "linear layers compute batches correctly here"),
     ),
     (
+        "duplicate_single_rows",
+        ("dropped-bias",),
+        (True, "on this macOS {bug.what}"),
+        (False, "linear layers compute single vectors correctly here"),
+    ),
+    (
+        "float32_gelu",
+        ("half-gelu",),
+        (True, "in this PyTorch {bug.what}"),
+        (False, "PyTorch's kernel takes every dtype here"),
+    ),
+    (
         "size_multiple",
         ("graph-cache",),
         (64, "{bug.what}"),

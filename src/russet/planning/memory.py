@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from russet.backends.gemm_heuristics import ONES, PADDED, REPEATED
+from russet.hardware.facts import Facts
+from russet.models.clip_footprint import tower_peak
+from russet.models.footprint import TEXT, Arithmetic, Attended
 from russet.models.tiny_vae import TinyVAEConfig
-from russet.models.unet_config import UNetConfig
-from russet.planning.activations import Arithmetic, Attended, decoder_peak, encoder_peak, tower_peak, unet_peak
-from russet.planning.plan_types import TEXT, AttentionChoice, Decisions
+from russet.models.unet_footprint import deep_map, unet_peak
+from russet.models.vae_footprint import decoder_peak, encoder_peak
+from russet.passes import PASSES, workarounds
+from russet.passes.base import Footprint, Situation
+from russet.planning.plan_types import COMPONENTS, AttentionChoice, Decisions, Request
 from russet.planning.workload import Workload
 
 CUDA_LIBRARIES = 2**26  # bytes that cuBLAS keeps to work in, measured on an H200 by benchmarks/memory.py
-PRECOMPUTED = 50  # timesteps that are computed together; Stable Diffusion 1.5's take 2 MB in half precision
 OWNER = {"text": "text_encoder", "encode": "vae", "denoise": "unet", "decode": "vae", "check": "safety_checker"}
 
 
@@ -45,14 +48,17 @@ class Estimate:
         return {phase.name: phase for phase in self.phases}[name]
 
 
-def predict(workload: Workload, found: Decisions) -> Estimate:
+def predict(facts: Facts, workload: Workload, request: Request, found: Decisions) -> Estimate:
     """The estimate for one way of doing the work."""
-    needs = phase_activations(workload, found)
+    situation = Situation(facts, workload, request, found)
+    footprints = [one.footprint(situation) for one in PASSES if found[one.name] != one.off]
+    needs = phase_activations(workload, found, footprints)
     weights = resident(workload, found, tuple(needs))
     kept = latent_bytes(workload) + (CUDA_LIBRARIES if on_cuda(found) else 0)
     pictures = workload.images * 3 * workload.width * workload.height * 4
-    beside = {"encode": 2 * pictures, "decode": pictures + recorded(workload, found), "check": 2 * pictures}
-    beside["denoise"] = recorded(workload, found) + precomputed_bytes(workload, found, unet_rows(workload, found))
+    recorded = sum(one.kept_after for one in footprints)
+    beside = {"encode": 2 * pictures, "decode": pictures + recorded, "check": 2 * pictures}
+    beside["denoise"] = recorded + sum(one.kept for one in footprints)
     needs["decode"] = max(needs["decode"], pictures)  # those of all parts are joined when the last part is done
     return Estimate(
         tuple(Phase(name, weights[name], needed, kept + beside.get(name, 0)) for name, needed in needs.items())
@@ -125,32 +131,26 @@ def largest_tensors(workload: Workload, found: Decisions) -> Iterator[tuple[int,
 # --- what is kept, and the activations ---
 
 
-def recorded(workload: Workload, found: Decisions) -> int:
-    """What recorded calls hold for good: their own copy of the text's keys and values."""
-    return prompt_kv_bytes(workload, found) if found["cuda_graphs"] and found["prompt_cache"] != "off" else 0
-
-
 def on_cuda(found: Decisions) -> bool:
     """Whether the device has memory of its own."""
     return bool(found["offload_target"] == "cpu")
 
 
-def phase_activations(workload: Workload, found: Decisions) -> dict[str, int]:
+def phase_activations(workload: Workload, found: Decisions, footprints: Iterable[Footprint]) -> dict[str, int]:
     """Peak activation bytes of each phase, in the order they happen."""
+    walk = {name: value for one in footprints for name, value in one.walk.items()}
+
+    def half(component: str) -> bool:
+        return found.width(component) < 4
 
     def how(component: str) -> Arithmetic:
         attention = AttentionChoice() if component == "safety_checker" else found.attention(component)
         return Arithmetic(
             width=found.width(component),
             attention=attention,
-            composed=found["group_norm"] == "composed",
+            norm_workspace=workarounds.norm_workspace(found),
             reordered=reordered(found),
-            winograd=found["winograd"] and found.dtype(component) == "float32",
-            reuses=found["ops"] == "triton" and found.offload != "sequential",
-            transposed=found["upsample_fusion"],
-            gated=found["fused_geglu"],
-            summed=found["residual_fusion"] != "off",
-            absorbed=found["prompt_cache"] == "folded into weights",
+            **({name: value for name, value in walk.items() if name != "conv_workspace"} if half(component) else walk),
         )
 
     needs = {}
@@ -176,7 +176,7 @@ def reordered(found: Decisions) -> bool:
 
 def resident(workload: Workload, found: Decisions, phases: Iterable[str]) -> dict[str, int]:
     """Bytes of parameters that count against the device's memory in each phase."""
-    weights = {name: count * found.width(name) for name, count in workload.parameters.items()}
+    weights = {name: workload.parameters.get(name, 0) * found.width(name) for name in COMPONENTS}
     if found.offload == "sequential" and found.offload_target == "cpu":
         return {phase: largest_layer(OWNER[phase], workload) * found.width(OWNER[phase]) for phase in phases}
     if found.offload == "model" and found.offload_target != "device":
@@ -207,12 +207,6 @@ def latent_bytes(workload: Workload) -> int:
     return 6 * latents + context
 
 
-def deep_map(unet: UNetConfig, branch: int) -> tuple[int, int]:
-    """Level and channels of the map that enters the way up's residual block of a branch; 0 is the outermost."""
-    stages = unet.output_stages
-    return stages[-1 - branch].level, stages[-2 - branch].channels
-
-
 def largest_layer(component: str, workload: Workload) -> int:
     """Parameters of the largest single layer of a component."""
     if component == "unet":
@@ -224,60 +218,3 @@ def largest_layer(component: str, workload: Workload) -> int:
         return max((text.vocab_size * text.hidden_size for text in workload.text), default=0)
     vision = workload.vision
     return (vision.hidden_size + 1) * vision.intermediate_size if vision else 0
-
-
-# --- what is computed before the first step and kept to the end ---
-
-
-def precomputed_bytes(workload: Workload, found: Decisions, rows: int) -> int:
-    """The prompt cache, timestep embeddings and copied weights, for ``rows`` rows in a call of the UNet."""
-    total = prompt_cache_bytes(workload, found)
-    if found["timestep_embeddings"] == "precomputed":
-        total += timestep_embedding_bytes(workload, found)
-    if found["residual_fusion"] == "with weight copies":
-        total += weight_copy_bytes(workload, found, rows, found.attention("unet"))
-    return total
-
-
-def prompt_cache_bytes(workload: Workload, found: Decisions) -> int:
-    """What the prompt cache takes in the form that was decided."""
-    if found["prompt_cache"] == "off":
-        return 0
-    folded = found["prompt_cache"] == "folded into weights"
-    return folded_bytes(workload, found) if folded else prompt_kv_bytes(workload, found)
-
-
-def prompt_kv_bytes(workload: Workload, found: Decisions) -> int:
-    """What the keys and values of all prompts take, in all layers."""
-    features = sum(stage.channels * (stage.depth or 0) * (1 + stage.only_cross) for stage in workload.unet.stages)
-    return workload.images * workload.rows * TEXT * 2 * features * found.width("unet")
-
-
-def folded_bytes(workload: Workload, found: Decisions) -> int:
-    """What the projections of all cross-attention layers take with the prompts' keys and values folded into them."""
-    features = sum(stage.channels * stage.heads * (stage.depth or 0) for stage in workload.unet.stages)
-    return workload.images * workload.rows * TEXT * 2 * features * found.width("unet")
-
-
-def timestep_embedding_bytes(workload: Workload, found: Decisions) -> int:
-    """What precomputed timestep embeddings take: one each, and its projection for every residual block."""
-    unet = workload.unet
-    outputs = sum(stage.channels for stage in unet.stages if stage.resampling != "down")
-    return PRECOMPUTED * (unet.time_features + outputs) * found.width("unet")
-
-
-def weight_copy_bytes(workload: Workload, found: Decisions, rows: int, attention: AttentionChoice | None = None) -> int:
-    """What copies of weights take: of self-attention's output with its bias, of heads padded, of shortcuts repeated."""
-    number, total = found.width("unet"), 0
-    for stage in workload.unet.stages:
-        width, heads = stage.channels, stage.heads
-        if stage.depth and not stage.only_cross:
-            dim = width // heads
-            wide = next((size for size in (attention.pad if attention else ()) if size >= dim), dim)
-            inward = 3 * heads * wide * width * number
-            padded = wide > dim and inward <= PADDED
-            outward = (heads * (wide if padded else dim) + ONES) * width * number
-            total += stage.depth * (outward + (inward if padded else 0))
-        repeated = rows * stage.inputs * width * number
-        total += repeated if stage.inputs != width and repeated <= REPEATED else 0
-    return total

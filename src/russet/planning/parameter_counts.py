@@ -6,7 +6,7 @@ from russet.models.clip_text import CLIPTextConfig
 from russet.models.clip_vision import CLIPVisionConfig
 from russet.models.safety_checker import SafetyCheckerConfig
 from russet.models.tiny_vae import TinyVAEConfig
-from russet.models.unet_config import Stage, UNetConfig
+from russet.models.unet_config import StageConfig, UNetConfig
 from russet.models.vae_config import VAEConfig
 
 
@@ -39,7 +39,7 @@ def unet(config: UNetConfig) -> int:
     width, time = config.block_out_channels[0], config.time_features
     scale_shift = 2 if config.resnet_time_scale_shift == "scale_shift" else 1
 
-    def stage(one: Stage) -> int:
+    def stage(one: StageConfig) -> int:
         if one.resampling == "down":
             return conv(one.channels, one.channels)
         found = resnet(one.inputs, one.channels, linear(time, scale_shift * one.channels))

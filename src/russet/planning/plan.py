@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from russet.errors import DoesNotFit
-from russet.hardware.facts import Facts
+from russet.hardware.facts import Facts, gigabytes
 from russet.planning.memory import Estimate
 from russet.planning.plan_types import (
     MEANING,
@@ -25,7 +25,6 @@ from russet.planning.plan_types import (
     Request,
     Tile,
     format_value,
-    gigabytes,
 )
 from russet.planning.strategies import best, largest_fit, least_peak
 from russet.planning.workload import Workload

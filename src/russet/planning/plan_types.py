@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -29,22 +28,9 @@ MEANING: Mapping[str, str] = {
     "contiguous_attention": "True: queries, keys and values are made contiguous before attention",
     "group_norm": "'native', or 'composed' of simple operations: every GroupNorm of UNet and VAE",
     "layer_norm": "'native', or 'float32': every LayerNorm's input and weights are cast to it, and its result back",
-    "ops": "'eager': norms, activations and sums of UNet and VAE are PyTorch's operations; 'triton': fused kernels",
-    "fused_geglu": "True: one kernel computes a GEGLU layer's matrix product and its gate",
-    "winograd": "True: 3×3 convolutions of UNet and VAE in float32 use Winograd's algorithm where it is faster",
-    "upsample_fusion": "True: nearest-neighbour upsampling and the 3×3 convolution after it are one transposed"
-    " convolution for large feature maps",
     "flatten_linear_inputs": "True: every linear layer gets its tokens as one matrix, without a batch dimension",
-    "onednn_linear": "True: linear layers of all networks call oneDNN directly",
-    "malloc_tuning": "True: while the UNet works, the C library keeps freed memory for the next operation",
-    "packed_projections": "True: weights that multiply the same input (queries, keys, values) are packed into one",
-    "residual_fusion": "'off'; 'on': the UNet's residual sums and biases are part of matrix products (addmm);"
-    " 'with weight copies': also those that need a copy of some weights",
-    "timestep_embeddings": "'precomputed' for all steps of a run before its first, or 'per call'",
-    "prompt_cache": "what is computed once a prompt and kept for all steps: 'off'; 'keys and values' of every"
-    " cross-attention layer; 'packed keys and values', computed by one matrix product for all layers; 'folded into"
-    " weights': the keys and values are multiplied into the projections around them",
-    "cuda_graphs": "True: UNet calls are recorded as CUDA graphs and replayed",
+    "duplicate_single_rows": "True: a vector that enters a linear layer alone is computed twice",
+    "float32_gelu": "True: every GELU's input is cast to float32, and its result back",
     "memory_format": "'channels_last' or 'contiguous': of the convolutions' weights in UNet and VAE, and their inputs",
     "finite_checks": "when the checks for NaN and infinity (one every five steps) are read by the CPU: 'immediate';"
     " 'deferred' by one check, while the device goes on; 'at the end' of the run",
@@ -103,7 +89,6 @@ class Tile:
         return f"{self.size * 8}×{self.size * 8} pixels, {self.overlap * 8} shared"
 
 
-TEXT = 77  # tokens of a prompt
 TILE = Tile(size=64, overlap=16)
 SMALL_TILE = Tile(size=32, overlap=8)
 
@@ -168,8 +153,6 @@ class Request:
             found["vae_tile"] = TILE if self.vae_tiling else None
         if self.vae_slicing:
             found["vae_batch"] = 1
-        if self.fast_paths is False:
-            found |= PLAIN_PATHS
         return found
 
     def _dtypes(self) -> dict[str, str]:
@@ -180,22 +163,6 @@ class Request:
                 options = f"{', '.join(DTYPES)} for one of {', '.join(COMPONENTS)}"
                 raise InputError(f"a dtype is one of {options}, not {dtype!r} for {name!r}")
         return {name: str(dtype) for name, dtype in given.items()}
-
-
-PLAIN_PATHS: Mapping[str, Any] = {
-    "ops": "eager",
-    "fused_geglu": False,
-    "winograd": False,
-    "upsample_fusion": False,
-    "onednn_linear": False,
-    "malloc_tuning": False,
-    "packed_projections": False,
-    "residual_fusion": "off",
-    "timestep_embeddings": "per call",
-    "prompt_cache": "off",
-    "cuda_graphs": False,
-}
-"""The decisions of ``fast_paths`` with all of them off: PyTorch's own operations, one after another."""
 
 
 def decided_as(component: str) -> str:
@@ -304,8 +271,3 @@ def format_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as a person reads them, rounded upward: ``"2.87 GB"`` (10⁹ bytes)."""
-    return f"{math.ceil(size / 1e7) / 100:.2f} GB"

@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from russet.hardware.facts import Facts
+from russet.hardware.facts import Facts, gigabytes
 from russet.planning.attention_choice import LEAST_ROOM, Caps, choose_attention, slicing_asked
 from russet.planning.device_defaults import dtype_decisions, machine_decisions, offload_target
 from russet.planning.fast_paths import fast_paths
 from russet.planning.memory import Estimate, attention_calls, largest_tensors, predict, resident
-from russet.planning.plan_types import SMALL_TILE, TILE, Decision, Decisions, Request, Tile, gigabytes, resolve
+from russet.planning.plan_types import SMALL_TILE, TILE, Decision, Decisions, Request, Tile, resolve
 from russet.planning.workload import Workload
 
 UNET_BATCH = {"mps": 4, "cuda": 16, "cpu": 4}  # images of 512×512 in one UNet call: enough to keep the device busy
@@ -68,7 +68,7 @@ def evaluated(
             continue
         seen.add(held)
         found = decide(facts, workload, request, strategy, reason)
-        estimate = predict(workload, found)
+        estimate = predict(facts, workload, request, found)
         yield found, estimate
         reason = f"otherwise {gigabytes(estimate.peak)} would be needed, and {gigabytes(facts.budget)} are free"
 
@@ -142,7 +142,7 @@ def decide(facts: Facts, workload: Workload, request: Request, strategy: Strateg
             *machine_decisions(facts, request),
         )
     )
-    found = found.extended(fast_paths(facts, workload, request, found))
+    found = fast_paths(facts, workload, request, found)
     return found.extended(attention_decisions(facts, workload, request, found))
 
 
@@ -176,7 +176,9 @@ def attention_decisions(facts: Facts, workload: Workload, request: Request, foun
 
 
 def within_caps(facts: Facts, workload: Workload, found: Decisions) -> bool:
-    """Whether no tensor exceeds the device's limits."""
+    """Whether no tensor exceeds the device's limits; a CPU has none."""
+    if facts.device == "cpu":
+        return True
     caps = Caps.of(facts)
     return all(caps.allow(numbers, width) for numbers, width in largest_tensors(workload, found))
 

@@ -29,7 +29,8 @@ class Workload:
         encodes: whether pictures go in, so that the VAE encodes them.
         deep_branch: the branch whose deep feature maps are kept from step to step (DeepCache); None without it.
         vision: the safety checker's vision tower.
-        parameters: number of parameters by component; both text encoders together are "text_encoder".
+        parameters: number of parameters by component; both text encoders together are "text_encoder". A component that
+            is not named has none.
     """
 
     width: int
@@ -86,6 +87,9 @@ class Workload:
                 "text_encoder": sum(parameter_counts.text_encoder(one, place > 0) for place, one in enumerate(text)),
                 "safety_checker": 0 if checker is None else parameter_counts.safety_checker(checker),
             }
+        elif "text_encoder_2" in parameters:
+            both = sum(parameters.get(name, 0) for name in ("text_encoder", "text_encoder_2"))
+            parameters = {**parameters, "text_encoder": both}
         if not decodes:
             parameters = {**parameters, "vae": 0}
         sample = unet_config.sample_size or 64

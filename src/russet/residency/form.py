@@ -10,14 +10,15 @@ from typing import Literal
 
 import torch
 
-from russet.backends.ops import PLAIN, Elementwise
+from russet import passes
 from russet.models import attention
-from russet.models.attention import Attention
+from russet.models.attention import AttentionFunction
 from russet.models.tiling import Tiling
+from russet.passes import malloc
+from russet.passes.base import Choices
 from russet.planning.memory import unet_rows
 from russet.planning.plan import AttentionChoice, Plan
 from russet.planning.plan_types import decided_as
-from russet.residency.kernels import ops_of
 from russet.residency.weights import CPU, META
 
 Precision = Literal["attention", "float32"]
@@ -43,42 +44,28 @@ class Form:
     """How one network computes.
 
     Attributes:
+        component: its name in the pipeline.
         device: where it computes.
         dtype: of weights that are loaded or moved; those that are in place keep theirs.
         precise: whether all of it computes in float32, whatever its weights are kept in.
         streamed: whether each layer's weights are on the device only while the layer computes.
         memory_format: of convolution weights.
         attention: the function that attention layers compute by; None leaves them alone.
-        ops: the operations between matrix products; None leaves them alone.
-        composed_groups: GroupNorm from plain operations.
-        float32_layers: LayerNorm in float32.
-        linears: how linear layers are computed, a key of ``russet.models.linears.KINDS``.
-        packed: weights that are multiplied with one input lie side by side.
-        fused_residuals: residual sums are part of products.
-        residual_rows: also those that need copies of weights, for calls with so many rows.
+        choices: what passes do.
         tiling: tiles of a VAE; None leaves those that the user has set.
         freed_memory: what the C library does with freed memory meanwhile, "kept" or "returned"; None leaves it.
     """
 
+    component: str
     device: torch.device
     dtype: torch.dtype
     precise: bool = False
     streamed: bool = False
     memory_format: str = "contiguous"
-    attention: Attention | None = None
-    ops: Elementwise | None = None
-    composed_groups: bool = False
-    float32_layers: bool = False
-    linears: str = "native"
-    packed: bool = False
-    fused_residuals: bool = False
-    residual_rows: int | None = None
+    attention: AttentionFunction | None = None
+    choices: Choices = dataclasses.field(default_factory=lambda: Choices(passes.OFF, rows=1))
     tiling: Tiling | None = None
     freed_memory: str | None = None
-
-    def for_compiled(self) -> Form:
-        """The same for a network that the user has compiled (``torch.compile``), whose operations are its own."""
-        return dataclasses.replace(self, ops=None if self.ops is None else PLAIN, linears="native", packed=False)
 
 
 def form_of(component: str, plan: Plan, device: torch.device, precision: Precision | None = None) -> Form:
@@ -86,38 +73,32 @@ def form_of(component: str, plan: Plan, device: torch.device, precision: Precisi
     component = decided_as(component)
     on_cpu = component == "text_encoder" and plan.text_encoder == "cpu"
     chosen = component in ("text_encoder", "unet", "vae")
-    residuals = plan["residual_fusion"] if component == "unet" else "off"
     tile = plan.vae_tile if component == "vae" else None
-    keeping = {"unet": "kept", "vae": "returned"} if plan["malloc_tuning"] else {}
+    freed = malloc.RULES.get(component) if plan["malloc_tuning"] else None
     streamed = plan.offload == "sequential"
     return Form(
+        component=component,
         device=CPU if on_cpu else device,
         dtype=dtype_named(plan.dtype(component)),
         precise=precision == "float32",
         streamed=streamed,
         memory_format=plan.memory_format,
         attention=attention_of(plan, component, upcast=precision is not None) if chosen else None,
-        ops=ops_of(plan) if chosen else None,
-        composed_groups=plan["group_norm"] == "composed",
-        float32_layers=plan["layer_norm"] == "float32",
-        linears="flat" if plan["flatten_linear_inputs"] else "onednn" if plan["onednn_linear"] else "native",
-        packed=bool(plan["packed_projections"]) and not streamed,
-        fused_residuals=residuals != "off" and not streamed,
-        residual_rows=unet_rows(plan.workload, plan) if residuals == "with weight copies" else None,
+        choices=passes.choices(plan, unet_rows(plan.workload, plan)),
         tiling=None if tile is None else Tiling(tile.size, tile.overlap),
-        freed_memory=None if streamed else keeping.get(component),
+        freed_memory=None if streamed else freed,
     )
 
 
-def attention_of(plan: Plan, component: str, *, upcast: bool = False) -> Attention:
+def attention_of(plan: Plan, component: str, *, upcast: bool = False) -> AttentionFunction:
     """The attention that the plan chose for a component; ``upcast`` insists on float32 scores."""
     choice = plan.precise_attention(component) if upcast else plan.attention(component)
     return attention_function(choice, contiguous=plan["contiguous_attention"])
 
 
-def attention_function(choice: AttentionChoice, *, contiguous: bool = False) -> Attention:
+def attention_function(choice: AttentionChoice, *, contiguous: bool = False) -> AttentionFunction:
     """An attention as described, inside out: the kind, then float32 scores, then padded heads, then contiguity."""
-    made: Attention = attention.fused
+    made: AttentionFunction = attention.fused
     if choice.kind == "sliced":
         made = attention.sliced(choice.rows or 1)
     elif choice.kind == "chunked":

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from russet.backends.cuda.graphs import Graphs
+from russet.backends.module_list import modules, places
 from russet.checkpoints.pending_weights import PendingWeights
 from russet.errors import InputError
-from russet.models.modules import modules, places
+from russet.passes.base import Changes
 from russet.planning.plan import Plan
 from russet.residency import changes, freed_memory, weights
-from russet.residency.apply import Applied, arrange_weights, is_compiled, lay_out
+from russet.residency.apply import applied, arrange_weights, lay_out
 from russet.residency.form import MEMORY_FORMATS, Form, Precision, form_of, resting_device
 from russet.residency.streaming import Streaming
 from russet.residency.unloaded import mark_loaded, mark_unloaded
@@ -53,6 +54,7 @@ class ManagedNetwork:
         lock: held while weights move and while the network is at work.
         source: what reads the weights from their file; None where they came from elsewhere.
         handed_out: whether a user may hold the network and may have changed it.
+        compiled: whether ``torch.compile`` has wrapped it: it stays in memory then, and computes by plain operations.
         generation: a number that changes whenever weights have moved in memory.
     """
 
@@ -61,6 +63,7 @@ class ManagedNetwork:
         self.lock = threading.RLock()
         self.source: PendingWeights | None = None
         self.handed_out = False
+        self.compiled = False
         self.generation = 0
         self._changed = False
         self._as_read: changes.Snapshot | None = None
@@ -71,7 +74,8 @@ class ManagedNetwork:
         self._runs: set[object] = set()
         self._uses: list[Use] = []
         self._current: Use | None = None
-        self._applied: Applied | None = None
+        self._form: Form | None = None
+        self._applied: Changes | None = None
         self._streaming: Streaming | None = None
         self._own_dtype: torch.dtype | None = None  # while it computes in float32 for once
         self._arranged: Hashable = None
@@ -98,7 +102,7 @@ class ManagedNetwork:
     @property
     def droppable(self) -> bool:
         """Whether weights may be dropped as far as is known: they can be read again, and nobody has changed them."""
-        return self.source is not None and not self._changed
+        return self.source is not None and not self._changed and not self.compiled
 
     def is_at(self, device: torch.device) -> bool:
         return weights.is_at(self.network, device)
@@ -214,7 +218,7 @@ class ManagedNetwork:
 
     def _may_drop(self) -> bool:
         """Whether the weights are those of the file, in every way in which a user may have changed them."""
-        if self.source is None:
+        if self.source is None or self.compiled:
             return False
         if not self.in_memory:
             return True
@@ -319,10 +323,10 @@ class ManagedNetwork:
             self.lock.release()
 
     def _ready(self) -> bool:
-        if self._applied is None:
+        if self._form is None:
             return False
-        if self._applied.form.freed_memory is not None:
-            freed_memory.keep(self, self._applied.form.freed_memory)
+        if self._form.freed_memory is not None:
+            freed_memory.keep(self, self._form.freed_memory)
         return True
 
     def _bring(self, use: Use) -> None:
@@ -333,10 +337,10 @@ class ManagedNetwork:
             for other in _visitors():
                 if other is not self and not other._uses and other._device == form.device:
                     other.rest()
-            if self._applied is not None and self._applied.form != form:
+            if self._form is not None and self._form != form:
                 self._end_form()
             self._arrive(form)
-            if self._applied is None:
+            if self._form is None:
                 self._begin_form(form)
             self._current = use
 
@@ -356,9 +360,8 @@ class ManagedNetwork:
 
     def _begin_form(self, form: Form) -> None:
         network = self.network
-        form = form.for_compiled() if is_compiled(network) else form
         modules(network, anew=True)
-        wanted = form.memory_format, form.packed, form.streamed
+        wanted = form.memory_format, form.streamed
         if self._arranged != (wanted, places(network)):
             self._note_changes()
             arrange_weights(network, form)
@@ -366,19 +369,23 @@ class ManagedNetwork:
             self._remember()
         if form.freed_memory is not None:
             freed_memory.keep(self, form.freed_memory)
+        self._form, self._applied = form, applied(network, form, compiled=self.compiled)
+        if self._arranged != (wanted, places(network)):  # weights were packed
+            self._arranged = wanted, places(network)
+            self._remember()
         if form.streamed and form.device != CPU:
             self._streaming = Streaming(network, form.device)
-        self._applied = Applied(network, form)
 
     def _end_form(self) -> None:
         """Undoes the form: a plain network, where it is."""
         self._current = None
-        if self._applied is not None:
-            self._applied.undo()
-            self._applied = None
         if self._streaming is not None:
             self._streaming.stop()
             self._streaming = None
+        self._form = None
+        if self._applied is not None:
+            self._applied.undo()
+            self._applied = None
         freed_memory.release(self)
         if self._own_dtype is not None:
             own, self._own_dtype = self._own_dtype, None
@@ -416,11 +423,14 @@ _LOCK = threading.RLock()
 
 def of(network: nn.Module) -> ManagedNetwork:
     """The one object that manages a network; of one that ``torch.compile`` has wrapped, that of the network itself."""
-    inner = network.__dict__.get("_modules", {}).get("_orig_mod", network)
+    if (known := _MANAGED.get(network)) is not None:
+        return known
+    inner = network.__dict__["_modules"].get("_orig_mod", network)
     with _LOCK:
-        if inner not in _MANAGED:
-            _MANAGED[inner] = ManagedNetwork(inner)
-        return _MANAGED[inner]
+        managed = _MANAGED.get(inner) or ManagedNetwork(inner)
+        managed.compiled = managed.compiled or inner is not network
+        _MANAGED[inner] = _MANAGED[network] = managed
+        return managed
 
 
 def _visitors() -> list[ManagedNetwork]:
@@ -439,8 +449,8 @@ def _leave(managed: ManagedNetwork) -> None:
 
 
 def _turn(device: torch.device) -> threading.RLock:
-    with _LOCK:
-        return _TURNS.setdefault(device, threading.RLock())
+    found = _TURNS.get(device)
+    return found if found is not None else _TURNS.setdefault(device, threading.RLock())
 
 
 class AtWork:

@@ -63,6 +63,11 @@ class Scheduler(Timetable):
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
+    def __repr__(self) -> str:
+        steps = "" if self.num_inference_steps is None else f", {self.num_inference_steps} steps"
+        kind = self.config.get("prediction_type", "epsilon")
+        return f"<{type(self).__name__}: predicts {kind}{steps}>"
+
     @property
     def compatibles(self) -> list[type[Timetable]]:
         """The classes that this one's config can be given to: those on trained noise, or this one alone."""

@@ -21,7 +21,7 @@ from russet.models import attention
 from kernel_launches import recorded
 from russet.models.activations import silu
 from russet.models.base import hand
-from russet.models.modules import modules
+from russet.backends.module_list import modules
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 

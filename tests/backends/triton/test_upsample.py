@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from russet.planning.activations import Arithmetic, Walk
 from torch import nn
 from torch.nn import functional as F
 
 from russet.backends import upsample_heuristics
 from russet.backends.ops import PLAIN
 from russet.models.activations import silu
-from russet.planning.activations import Arithmetic, Walk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")

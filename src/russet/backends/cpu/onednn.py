@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN's operation is for these: float32 on the CPU, and no gradient wanted, for which it has no rule."""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    wanted = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not wanted
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``: ``x`` [..., Cin] times ``weight`` [Cout, Cin], plus ``bias`` [Cout]."""
-    if not takes(x, weight):
+    if not takes(x, weight, bias):
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product

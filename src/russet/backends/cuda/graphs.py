@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from russet.backends.module_list import modules, places
 from russet.backends.ops import hooked
-from russet.models.base import Attending, Stepping
-from russet.models.modules import modules, places
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -113,15 +112,12 @@ def release_workspaces() -> None:
 def identity(network: nn.Module) -> Hashable | None:
     """What a recording of a network's call depends on besides its inputs; None where it must not be recorded.
 
-    Those are the places of its weights and the functions that its modules were handed. Hooks are run by Python, which
-    a recording is not.
+    Those are the addresses of its weights, and the classes and functions that its modules compute by. Hooks are run by
+    Python, which a recording is not.
     """
-    handed: set[Any] = set()
+    forms: set[Any] = set()
     for module in modules(network):
         if hooked(module):
             return None
-        if isinstance(module, Attending):
-            handed.add(module.attention)
-        if isinstance(module, Stepping):
-            handed.add(module.steps)
-    return frozenset(handed), places(network)
+        forms.add((type(module), vars(module).get("attention"), vars(module).get("ops")))
+    return frozenset(forms), places(network)

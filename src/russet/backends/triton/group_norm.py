@@ -35,7 +35,7 @@ STAGES = 3
 
 
 @dataclass(frozen=True)
-class Sums:
+class ChannelSums:
     """Of each part of each channel the mean, and the sum of squared distances from it.
 
     Attributes:
@@ -52,25 +52,26 @@ def group_norm(
     norm: nn.GroupNorm,
     silu: bool,
     shift: Tensor | None,
-    spare: bool = False,
-    told: Sums | None = None,
-    later: Tensor | None = None,
+    *,
+    in_place: bool = False,
+    sums: ChannelSums | None = None,
+    later_bias: Tensor | None = None,
 ) -> Tensor:
-    """Group normalisation of ``x + shift`` [B, C, h, w], then SiLU if wanted; in ``x`` if spare.
+    """Group normalisation of ``x + shift`` [B, C, h, w], then SiLU if wanted; ``in_place`` in the memory of ``x``.
 
-    told: the sums of ``x``, if they are known. later: what is added to ``x`` itself [C] when it has been read.
+    sums: those of ``x``, if they are known. later_bias: what is added to ``x`` itself [C] when it has been read.
     """
     import torch
 
-    out = x if spare else torch.empty_like(x)
+    out = x if in_place else torch.empty_like(x)
     small = x.shape[2] * x.shape[3] <= WHOLE and len(x) * norm.num_groups <= GROUPS
-    if small and told is None and later is None:
+    if small and sums is None and later_bias is None:
         return normalised(x, out, norm, silu, shift)
-    return applied(x, out, lines(x, told or channel_sums(x), norm, shift), silu, later)
+    return applied(x, out, channel_lines(x, sums or channel_sums(x), norm, shift), silu, later_bias)
 
 
 def norm_arguments(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None) -> tuple[Any, ...]:
-    """What the kernels that know a group are told: weights, shift, and sizes."""
+    """The arguments of kernels that know a group: weights, shift, and sizes."""
     channels, area = x.shape[1], x.shape[2] * x.shape[3]
     return norm.weight, norm.bias, *shift_arguments(x, shift), area, channels, channels // norm.num_groups, norm.eps
 
@@ -91,24 +92,24 @@ def normalised(x: Tensor, out: Tensor, norm: nn.GroupNorm, silu: bool, shift: Te
     return out
 
 
-def channel_sums(x: Tensor) -> Sums:
+def channel_sums(x: Tensor) -> ChannelSums:
     """The sums of a map [B, C, h, w]."""
     return _summed(x, x, None, None, 0, 0)
 
 
-def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> Sums:
+def shifted_sum(h: Tensor, x: Tensor | None, shift: Tensor) -> ChannelSums:
     """``h + shift + x`` for maps [B, C, h, w] and a shift [1 or B, C], in the memory of ``h``; gives its sums."""
     return _summed(h, h, shift, x, 0, h.shape[1])
 
 
-def joined(x: Tensor, kept: Tensor) -> tuple[Tensor, Sums]:
+def concatenated(x: Tensor, skip: Tensor) -> tuple[Tensor, ChannelSums]:
     """The channels of [B, C, h, w] and [b, c, h, w] one after another, rows of the second repeated; and its sums."""
     batch, channels, height, width = x.shape
-    out = x.new_empty(batch, height, width, channels + kept.shape[1]).permute(0, 3, 1, 2)
-    return out, _summed(out, x, None, kept, channels, out.shape[1])
+    out = x.new_empty(batch, height, width, channels + skip.shape[1]).permute(0, 3, 1, 2)
+    return out, _summed(out, x, None, skip, channels, out.shape[1])
 
 
-def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, first: int, written: int) -> Sums:
+def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, first: int, written: int) -> ChannelSums:
     """Sums of what has ``h + shift`` in its first channels, and ``x`` from channel ``first`` on; put into ``out``."""
     import torch
 
@@ -121,10 +122,10 @@ def _summed(out: Tensor, h: Tensor, shift: Tensor | None, x: Tensor | None, firs
         out, h, h if x is None else x, sums, *shift_arguments(h, shift), area, channels, h.shape[1], first, more, rows,
         written, parts, places // PLACES, PLACES=PLACES, CHANNELS=CHANNELS, STAGES=STAGES, num_warps=2,
     )  # fmt: skip
-    return Sums(sums, places)
+    return ChannelSums(sums, places)
 
 
-def lines(x: Tensor, sums: Sums, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:
+def channel_lines(x: Tensor, sums: ChannelSums, norm: nn.GroupNorm, shift: Tensor | None) -> Tensor:
     """What each channel is multiplied by, and what is added then: [B, 2, C]."""
     batch, parts, _, channels = sums.numbers.shape
     line = sums.numbers.new_empty(batch, 2, channels)
@@ -233,7 +234,7 @@ def _line_of_group(
     there = column < size
     channel = group * size + column
     added = tl.load(shift + row * shift_stride + channel, mask=there & (channel < shifted), other=0.0).to(tl.float32)
-    told = sums + row * parts * 2 * channels + channel
+    own_sums = sums + row * parts * 2 * channels + channel
     pivot = tl.load(shift + row * shift_stride + group * size, mask=group * size < shifted, other=0.0).to(tl.float32)
     pivot += tl.load(sums + row * parts * 2 * channels + group * size)
     total = tl.zeros([BLOCK, WIDE], tl.float32)
@@ -242,7 +243,7 @@ def _line_of_group(
         part = first + tl.arange(0, BLOCK)
         mask = (part < parts)[:, None] & there[None, :]
         count = tl.minimum(area - part * places, places).to(tl.float32)[:, None]
-        at = told[None, :] + part[:, None] * 2 * channels
+        at = own_sums[None, :] + part[:, None] * 2 * channels
         distance = tl.load(at + channels, mask=mask, other=0.0)
         away = tl.where(mask, tl.load(at, mask=mask, other=0.0) + added[None, :] - pivot, 0.0)
         total += away * count

@@ -42,23 +42,20 @@ def takes(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the convolution of a doubled map [B, C, h, w] is made in this way."""
     import torch
 
-    from russet.backends.ops import hooked
-
     plain = conv.stride == conv.dilation == conv.padding == (1, 1) and conv.kernel_size == (3, 3) and conv.groups == 1
-    own = type(conv) is torch.nn.Conv2d and conv.padding_mode == "zeros" and not hooked(conv)
-    wanted = torch.is_grad_enabled() and conv.weight.requires_grad  # a gradient
+    own = type(conv) is torch.nn.Conv2d and conv.padding_mode == "zeros"
     alike = x.dtype == conv.weight.dtype and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return plain and own and alike and not wanted and pays(len(x), *conv.weight.shape[1::-1], *x.shape[2:])
+    return plain and own and alike and pays(len(x), *conv.weight.shape[1::-1], *x.shape[2:])
 
 
-def doubled(x: Tensor, weight: Tensor) -> Tensor:
+def upsampled(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of a map [B, Cin, h, w], doubled, with weights [Cout, Cin, 3, 3] → [B, Cout, 2·h, 2·w]."""
     from torch.nn import functional as F
 
-    return F.conv_transpose2d(x, gathered(weight), stride=2, padding=1)
+    return F.conv_transpose2d(x, gathered_weights(weight), stride=2, padding=1)
 
 
-def gathered(weight: Tensor) -> Tensor:
+def gathered_weights(weight: Tensor) -> Tensor:
     """The transposed convolution's weights [Cin, Cout, 4, 4], channels-last: sums of the 3×3 ones in float32, rounded.
 
     Along a side the four are w₂, w₂ + w₁, w₁ + w₀ and w₀.

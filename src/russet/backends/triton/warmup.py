@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from russet.backends.norm_heuristics import PLACES
-from russet.backends.triton import geglu as products
-from russet.backends.triton import group_norm, tokens
-from russet.backends.triton import upsample as doubling
-from russet.backends.triton.group_norm import Sums, applied, channel_sums, lines, normalised
+from russet.backends.triton import geglu, group_norm, tokens, upsample
+from russet.backends.triton.group_norm import ChannelSums, applied, channel_lines, channel_sums, normalised
 from russet.backends.triton.tokens import gated, layer_norm
 
-KERNELS = group_norm, tokens, products, doubling
+KERNELS = group_norm, tokens, geglu, upsample
 """Files of kernels."""
 
 log = logging.getLogger(__name__)
@@ -36,42 +34,46 @@ log = logging.getLogger(__name__)
 _STARTING = threading.Lock()
 
 
-class KernelsAhead:
-    """Compiles the kernels beside whatever the program does, and knows whether that failed."""
+class Warmup:
+    """Compiles the kernels beside whatever the program does, once a process, and knows whether that failed."""
 
-    def __init__(self, gated_products: bool, transposed: bool) -> None:
-        self._wanted = gated_products, transposed
-        self._jobs: dict[tuple[torch.device, torch.dtype], tuple[threading.Thread, ...]] = {}
+    def __init__(self) -> None:
+        self._jobs: dict[tuple[torch.device, torch.dtype, bool, bool], tuple[threading.Thread, ...]] = {}
         self._failed = False
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Begins to compile the kernels for a dtype, and to start cuDNN; what compiles kernels may fail."""
-        if (device, dtype) not in self._jobs:
-            self._jobs[device, dtype] = jobs = tuple(
-                threading.Thread(target=job, args=(device, dtype), daemon=True) for job in (self._compile, start_cudnn)
-            )
-            for job in jobs:
+    def prepare(self, device: torch.device, dtype: torch.dtype, *, fused_geglu: bool, upsample_fusion: bool) -> None:
+        """Begins to compile the kernels for a dtype, and to start cuDNN; does nothing the second time."""
+        key = (device, dtype, fused_geglu, upsample_fusion)
+        if key not in self._jobs:
+            compiling = threading.Thread(target=self._compile, args=key, daemon=True)
+            starting = threading.Thread(target=start_cudnn, args=(device, dtype), daemon=True)
+            self._jobs[key] = compiling, starting
+            for job in self._jobs[key]:
                 job.start()
 
-    def failed(self) -> bool:
-        """Whether there are no kernels. Waits for those that are being compiled, and for cuDNN's start.
+    def ready(self) -> bool:
+        """Whether there are kernels. Waits for those that are being compiled, and for cuDNN's start.
 
-        While a call is recorded, no other thread may take memory on the GPU.
+        While a call is captured as a CUDA graph, no other thread may take memory on the GPU.
         """
         for jobs in tuple(self._jobs.values()):
             for job in jobs:
                 job.join()
-        return self._failed
+        return not self._failed
 
-    def _compile(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _compile(self, device: torch.device, dtype: torch.dtype, fused_geglu: bool, upsample_fusion: bool) -> None:
         try:
             start_triton()
-            wanted = runs(device, dtype, *self._wanted)
+            wanted = runs(device, dtype, fused_geglu, upsample_fusion)
             with ThreadPoolExecutor(len(wanted), "compile") as pool:  # none waits for another one's assembler
                 list(pool.map(functools.partial(run_on, device), wanted))
         except Exception as error:  # no compiler, no room for its files: many things that are not ours
             self._failed = True
             log.warning("Triton cannot compile kernels here, so PyTorch's own are used: %s", error)
+
+
+_WARMUP = Warmup()
+prepare, ready = _WARMUP.prepare, _WARMUP.ready
 
 
 def run_on(device: torch.device, call: Callable[[], object]) -> None:
@@ -118,7 +120,7 @@ def start_cudnn(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def runs(
-    device: torch.device, dtype: torch.dtype, gated_products: bool, transposed: bool
+    device: torch.device, dtype: torch.dtype, fused_geglu: bool, upsample_fusion: bool
 ) -> list[Callable[[], object]]:
     """One call for each kernel and each set of its constants, for the sizes of Stable Diffusion's layers."""
 
@@ -136,22 +138,22 @@ def runs(
         return lambda: layer_norm(x, layer, None)
 
     def gate(features: int) -> Callable[[], object]:
-        if not gated_products:
+        if not fused_geglu:
             return lambda: gated(blank(1, 64, 8 * features))
         proj = nn.Linear(features, 8 * features, device="meta", dtype=dtype)  # a real one would draw random numbers
         proj.weight, proj.bias = nn.Parameter(blank(8 * features, features)), nn.Parameter(blank(8 * features))
-        return lambda: products.gated_product(blank(1, 64, features), proj)
+        return lambda: geglu.gated_product(blank(1, 64, features), proj)
 
     x, small = channels_last(320, 64), channels_last(1280, 8)
-    sums = Sums(torch.zeros(1, x[0, 0].numel() // PLACES, 2, 320, device=device), PLACES)
+    sums = ChannelSums(torch.zeros(1, x[0, 0].numel() // PLACES, 2, 320, device=device), PLACES)
     line = torch.zeros(1, 2, 320, device=device)
     weight = blank(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     return [
         lambda: normalised(small, torch.empty_like(small), norm(1280), True, None),
         lambda: channel_sums(x),
-        lambda: lines(x, sums, norm(320), None),
+        lambda: channel_lines(x, sums, norm(320), None),
         lambda: applied(x, torch.empty_like(x), line, True),
         *map(layer, (320, 640, 1280)),
         gate(320),
-        *([lambda: doubling.gathered(weight)] if transposed else []),
+        *([lambda: upsample.gathered_weights(weight)] if upsample_fusion else []),
     ]

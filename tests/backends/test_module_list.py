@@ -6,7 +6,7 @@ import weakref
 import torch
 from torch import nn
 
-from russet.models.modules import modules, places
+from russet.backends.module_list import modules, places
 
 
 def small() -> nn.Module:

@@ -1,14 +1,14 @@
-"""Other ways to compute a network's norms, for devices on which torch's own are slow or fail."""
+"""Plain layers computed in another way, around defects and slow kernels of a device."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from russet.backends.norm_heuristics import at_once
+from russet.backends.ops import flat_linear
+from russet.models.transformer import GEGLU, TokenProjection
 
 
 class ComposedGroupNorm(nn.GroupNorm):
@@ -45,15 +45,37 @@ class Float32LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
-def set_norms(modules: Iterable[nn.Module], *, composed_groups: bool, float32_layers: bool) -> None:
-    """Has every norm among modules computed in the way that was asked for; False is torch's own.
+class FlatLinear(nn.Linear):
+    """``nn.Linear`` on all rows of tokens as one."""
 
-    They change their class, not their parameters: these are the same, under the same names.
-    """
-    group: type[nn.GroupNorm] = ComposedGroupNorm if composed_groups else nn.GroupNorm
-    layer: type[nn.LayerNorm] = Float32LayerNorm if float32_layers else nn.LayerNorm
-    for module in modules:
-        if isinstance(module, nn.GroupNorm):
-            module.__class__ = group
-        elif isinstance(module, nn.LayerNorm):
-            module.__class__ = layer
+    def forward(self, input: Tensor) -> Tensor:
+        return flat_linear(input, self.weight, self.bias)
+
+
+class FlatTokenProjection(TokenProjection):
+    """``TokenProjection`` on all rows of tokens as one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return flat_linear(input, self.weight.flatten(1), self.bias)
+
+
+class PairedLinear(nn.Linear):
+    """``nn.Linear`` that never sees a single vector: on M1 and macOS 26 its bias would be dropped (pytorch#188438)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim == 2 and len(input) == 1:
+            return F.linear(input.repeat(2, 1), self.weight, self.bias)[:1]
+        return F.linear(input, self.weight, self.bias)
+
+
+def float32_gelu(x: Tensor) -> Tensor:
+    """``F.gelu``, in float32 where half precision ends the process: on mps before torch 2.0 (pytorch#86218)."""
+    return F.gelu(x.float()).to(x.dtype)
+
+
+class Float32GEGLU(GEGLU):
+    """``GEGLU`` with its gate in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * float32_gelu(gate)  # type: ignore[no-any-return]
