@@ -116,6 +116,9 @@ class Case:
     name: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.name
+
     def choices(self, rows: int = 2) -> Choices:
         return Choices({**passes.OFF, "offload": None, **self.values}, rows)
 
