@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +21,8 @@ from russet.models.autoencoder import Autoencoder
 from russet.models.tiny_vae import AutoencoderTiny
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline
 
 PICTURES, PATCHES, LATENTS = 4, 4, 4

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from PIL import Image
 from torch import Generator, Tensor, nn
 
 from russet import validation
@@ -38,6 +37,9 @@ from russet.rng import NoiseSource
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
 from russet.text.tokenizer import CLIPTokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
