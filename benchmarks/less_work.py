@@ -25,9 +25,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import backgrounds
-from russet import DiffusionPipeline, UNet2DConditionModel, samplers
-from russet.checkpoints.fill import build
-from russet.devices.published import SD15_UNET
+from russet import DiffusionPipeline, UNet2DConditionModel
+from russet.checkpoints.load_state_dict import build
+from russet.planning.reference_models import SD15_UNET
+from russet.schedulers import names
 
 PROMPTS = (
     "a photo of an astronaut riding a horse on mars",
@@ -99,7 +100,7 @@ class Model:
     def right_backgrounds(self, sampler: str, steps: int) -> int:
         """Of one prompt for each colour, how many pictures have that colour along their border."""
         before = self.pipe.scheduler
-        self.pipe.scheduler = samplers.make(sampler, before.config)
+        self.pipe.scheduler = names.make(sampler, before.config)
         try:
             pictures, _ = self.draw(backgrounds.PROMPTS, num_inference_steps=steps)
         finally:

@@ -39,13 +39,13 @@ def make_folder(folder: Path) -> None:
     import torch
 
     from russet.checkpoints import save
-    from russet.checkpoints.fill import build, fill
+    from russet.checkpoints.load_state_dict import build, fill
     from russet.checkpoints.locate import MINI
     from russet.models.clip_text import CLIPTextModel
     from russet.models.unet import UNet2DConditionModel
     from russet.models.vae import AutoencoderKL
     from russet.schedulers.named import PNDMScheduler
-    from russet.tokenizer import CLIPTokenizer
+    from russet.text.tokenizer import CLIPTokenizer
 
     @dataclasses.dataclass
     class Random:
@@ -107,9 +107,9 @@ def plain_read(folder: Path) -> Callable[[], Any]:
 def russet(folder: Path, dtype: str, *, single: bool = False) -> Callable[[], Any]:
     import psutil  # noqa: F401
 
-    import russet.checkpoints.single_file
+    import russet.checkpoints.single_file.load
     import russet.schedulers.named
-    import russet.tokenizer  # noqa: F401
+    import russet.text.tokenizer  # noqa: F401
     from russet import StableDiffusionPipeline
 
     logging.disable(logging.WARNING)

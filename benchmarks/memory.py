@@ -15,7 +15,6 @@ the table says so. ``--offload`` measures model and sequential offload as well.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import sys
@@ -26,9 +25,10 @@ from typing import Any
 import torch
 
 import russet
-from russet.devices import published
-from russet.devices.plan import Plan
 from russet.errors import DoesNotFit
+from russet.generate.phase_times import Clock
+from russet.planning import reference_models
+from russet.planning.plan import Plan
 
 WITHIN = 0.1
 PHASES = ("text", "denoise", "decode")
@@ -46,24 +46,29 @@ class Watched(russet.StableDiffusionPipeline):
         self.peaks: dict[str, int] = {}
         self.reserved = 0
 
-    def encode(self, *args: Any) -> Any:
-        with self.watched("text"):
-            return super().encode(*args)
+    def start(self, spec: Any) -> Any:
+        run = super().start(spec)
+        run.clock = WatchedClock(self)
+        return run
 
-    def denoise(self, *args: Any) -> Any:
-        with self.watched("denoise"):
-            return super().denoise(*args)
 
-    def develop(self, *args: Any) -> Any:
-        with self.watched("decode"):
-            return super().develop(*args)
+class WatchedClock(Clock):
+    """A run's clock that also notes the most memory of each phase."""
 
-    @contextlib.contextmanager
-    def watched(self, phase: str) -> Iterator[None]:
+    def __init__(self, pipe: Watched) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def enter(self, phase: str) -> None:
+        super().enter(phase)
         torch.cuda.reset_peak_memory_stats()
-        yield
-        self.peaks[phase] = torch.cuda.max_memory_allocated()
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+
+    def pause(self) -> None:
+        phase, pipe = self.phase, self.pipe
+        super().pause()
+        if phase is not None:
+            pipe.peaks[phase] = max(pipe.peaks.get(phase, 0), torch.cuda.max_memory_allocated())
+            pipe.reserved = max(pipe.reserved, torch.cuda.max_memory_reserved())
 
 
 class Moments:
@@ -111,9 +116,9 @@ def pipeline(dtype: torch.dtype) -> Watched:
     levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.device("cuda"):
         networks = {
-            "unet": russet.UNet2DConditionModel.from_config(published.SD15_UNET),
-            "vae": russet.AutoencoderKL.from_config({**published.VAE, **levels, "scaling_factor": 0.18215}),
-            "text_encoder": russet.CLIPTextModel.from_config(published.CLIP_L),
+            "unet": russet.UNet2DConditionModel.from_config(reference_models.SD15_UNET),
+            "vae": russet.AutoencoderKL.from_config({**reference_models.VAE, **levels, "scaling_factor": 0.18215}),
+            "text_encoder": russet.CLIPTextModel.from_config(reference_models.CLIP_L),
         }
     parts = russet.DiffusionPipeline.from_pretrained("mini")
     networks = {name: network.to(dtype).requires_grad_(False) for name, network in networks.items()}
@@ -127,8 +132,8 @@ def drawn(pipe: Watched, width: int, height: int, images: int) -> Plan:
     torch.cuda.synchronize()
     pipe.graphs.clear()
     torch.cuda.empty_cache()
-    pipe.reserved = 0
-    recorded = pipe.plan(height=height, width=width, num_images=images)["graphs"]
+    pipe.reserved, pipe.peaks = 0, {}
+    recorded = pipe.plan(height=height, width=width, num_images=images)["cuda_graphs"]
     output = pipe(
         "a photo of an astronaut riding a horse on mars",
         height=height,

@@ -34,7 +34,7 @@ from harness.geometry import SD15, TINY, Geometry
 from russet.models.clip_text import CLIPTextModel
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.tokenizer import CLIPTokenizer
+from russet.text.tokenizer import CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "devices"))
 from virtual_mps import Counts, VirtualMac

@@ -27,9 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from russet import samplers
-from russet.random_streams import Noise
-from russet.schedulers import multistep, spacing
+from russet.rng import Noise
+from russet.schedulers import multistep, names, spacing
 from russet.schedulers.noise import Point
 from russet.schedulers.scheduler import Scheduler
 
@@ -134,7 +133,7 @@ def steps_for(scheduler: Scheduler, calls: int) -> int:
 
 def drawn(name: str, calls: int, noise: Tensor, denoised: Denoised) -> tuple[Tensor, int]:
     """What a sampler makes of the noise in at most ``calls`` model calls (at least one step), and how many it made."""
-    scheduler = samplers.make(name, SD)
+    scheduler = names.make(name, SD)
     schedule = scheduler.schedule(steps_for(scheduler, calls))
     source = generator(9)
     x = as_latents(noise) * schedule.init_noise_sigma
@@ -153,7 +152,7 @@ def inside(x: Tensor) -> float:
 def flow() -> tuple[Tensor, Tensor]:
     """The noise that all start from, and where it leads."""
     noise = torch.randn(POINTS, DIMENSIONS, generator=generator(3))
-    return noise, exact(noise, samplers.make("ddim", SD).table.sigma(999))
+    return noise, exact(noise, names.make("ddim", SD).table.sigma(999))
 
 
 @functools.cache
@@ -236,7 +235,7 @@ def pictures() -> str:
     config = pipe.scheduler.config
 
     def made(name: str, calls: int) -> Tensor:
-        pipe.scheduler = samplers.make(f"{name}_karras", config)
+        pipe.scheduler = names.make(f"{name}_karras", config)
         how = {
             "num_inference_steps": steps_for(pipe.scheduler, calls),
             "guidance_scale": 5,

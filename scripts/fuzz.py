@@ -33,12 +33,13 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
-from russet.checkpoints import load, prediction
-from russet.checkpoints.files import Weights, open_shards, open_weights
+from russet.checkpoints import load
+from russet.checkpoints.formats.opening import Weights, open_shards, open_weights
+from russet.checkpoints.formats.pickles import unpickle
+from russet.checkpoints.formats.torch_files import _ALLOWED
 from russet.checkpoints.inspect import inspect
 from russet.checkpoints.locate import MINI
-from russet.checkpoints.pickles import unpickle
-from russet.checkpoints.torch_files import _ALLOWED
+from russet.checkpoints.single_file import prediction
 from russet.errors import RussetError
 
 SECONDS = 10  # of processor time for one input, so that a busy machine is no failure

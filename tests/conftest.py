@@ -132,9 +132,9 @@ def tiny_reference() -> Any:
 def tiny_own() -> Any:
     """The same pipeline made by Russet, for where there is no Diffusers."""
     import russet
-    from russet.image_processor import CLIPImageProcessor
+    from russet.images.clip_processor import CLIPImageProcessor
     from russet.models.safety_checker import StableDiffusionSafetyChecker
-    from russet.tokenizer import CLIPTokenizer
+    from russet.text.tokenizer import CLIPTokenizer
 
     torch.manual_seed(0)
     return russet.StableDiffusionPipeline(

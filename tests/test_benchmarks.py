@@ -20,7 +20,7 @@ from harness.geometry import SD15, TINY, operations  # noqa: E402
 from harness.results import Results, Table, about  # noqa: E402
 from harness.run import Run  # noqa: E402
 from harness.words import LABELS_KO, WORDS  # noqa: E402
-from russet.pipelines import bench  # noqa: E402
+from russet.diagnostics import bench  # noqa: E402
 
 WITHOUT_COMPILER = tuple(name for name in CONTESTANTS if name != "diffusers-best")
 PAGES = [ROOT / "docs" / language / "benchmarks.md" for language in ("en", "ko")]

@@ -93,7 +93,7 @@ def make_folder(folder: Path, geometry: Geometry, device: str) -> None:
     from russet.models.unet import UNet2DConditionModel
     from russet.models.vae import AutoencoderKL
     from russet.schedulers.named import PNDMScheduler
-    from russet.tokenizer import CLIPTokenizer
+    from russet.text.tokenizer import CLIPTokenizer
 
     torch.manual_seed(0)
     with torch.device(device):  # drawing a thousand million numbers takes a CPU longer than the whole benchmark a GPU

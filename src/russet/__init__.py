@@ -10,12 +10,13 @@ The public names, those in ``HOMES``, are imported when first used: ``import rus
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from russet.errors import RussetError as RussetError
-    from russet.image_processor import CLIPImageProcessor as CLIPImageProcessor
+    from russet.images.clip_processor import CLIPImageProcessor as CLIPImageProcessor
     from russet.models.clip_text import CLIPTextModel as CLIPTextModel
     from russet.models.clip_text import CLIPTextModelWithProjection as CLIPTextModelWithProjection
     from russet.models.clip_vision import CLIPVisionModelWithProjection as CLIPVisionModelWithProjection
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
     from russet.pipelines.base import DiffusionPipeline as DiffusionPipeline
     from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline as LatentConsistencyModelPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
+    from russet.pipelines.output import StableDiffusionXLPipelineOutput as StableDiffusionXLPipelineOutput
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
-    from russet.samplers import list_samplers as list_samplers
-    from russet.samplers import list_schedules as list_schedules
+    from russet.pipelines.stable_diffusion_img2img import (
+        StableDiffusionImg2ImgPipeline as StableDiffusionImg2ImgPipeline,
+    )
+    from russet.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline as StableDiffusionXLPipeline
+    from russet.pipelines.stable_diffusion_xl_img2img import (
+        StableDiffusionXLImg2ImgPipeline as StableDiffusionXLImg2ImgPipeline,
+    )
     from russet.schedulers.named import DDIMCFGPPScheduler as DDIMCFGPPScheduler
     from russet.schedulers.named import DDIMScheduler as DDIMScheduler
     from russet.schedulers.named import DDPMScheduler as DDPMScheduler
@@ -53,17 +60,19 @@ if TYPE_CHECKING:
     from russet.schedulers.named import RestartScheduler as RestartScheduler
     from russet.schedulers.named import TCDScheduler as TCDScheduler
     from russet.schedulers.named import UniPCMultistepScheduler as UniPCMultistepScheduler
-    from russet.tokenizer import CLIPTokenizer as CLIPTokenizer
+    from russet.schedulers.names import list_samplers as list_samplers
+    from russet.schedulers.names import list_schedules as list_schedules
+    from russet.text.tokenizer import CLIPTokenizer as CLIPTokenizer
 
 __version__ = "0.1.0"
 
 HOMES = {
     "AutoencoderKL": "russet.models.vae",
     "AutoencoderTiny": "russet.models.tiny_vae",
-    "CLIPImageProcessor": "russet.image_processor",
+    "CLIPImageProcessor": "russet.images.clip_processor",
     "CLIPTextModel": "russet.models.clip_text",
     "CLIPTextModelWithProjection": "russet.models.clip_text",
-    "CLIPTokenizer": "russet.tokenizer",
+    "CLIPTokenizer": "russet.text.tokenizer",
     "CLIPVisionModelWithProjection": "russet.models.clip_vision",
     "DDIMCFGPPScheduler": "russet.schedulers.named",
     "DDIMScheduler": "russet.schedulers.named",
@@ -90,14 +99,18 @@ HOMES = {
     "PNDMScheduler": "russet.schedulers.named",
     "RestartScheduler": "russet.schedulers.named",
     "RussetError": "russet.errors",
+    "StableDiffusionImg2ImgPipeline": "russet.pipelines.stable_diffusion_img2img",
     "StableDiffusionPipeline": "russet.pipelines.stable_diffusion",
     "StableDiffusionPipelineOutput": "russet.pipelines.output",
     "StableDiffusionSafetyChecker": "russet.models.safety_checker",
+    "StableDiffusionXLImg2ImgPipeline": "russet.pipelines.stable_diffusion_xl_img2img",
+    "StableDiffusionXLPipeline": "russet.pipelines.stable_diffusion_xl",
+    "StableDiffusionXLPipelineOutput": "russet.pipelines.output",
     "TCDScheduler": "russet.schedulers.named",
     "UNet2DConditionModel": "russet.models.unet",
     "UniPCMultistepScheduler": "russet.schedulers.named",
-    "list_samplers": "russet.samplers",
-    "list_schedules": "russet.samplers",
+    "list_samplers": "russet.schedulers.names",
+    "list_schedules": "russet.schedulers.names",
 }
 """Public name → the module that defines it."""
 
@@ -107,7 +120,13 @@ __all__ = [*HOMES]
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'russet' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)
+    collecting = gc.isenabled()
+    gc.disable()  # imports leave next to no garbage, and a full collection goes through all objects of torch
+    try:
+        value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)
+    finally:
+        if collecting:
+            gc.enable()
     return value
 
 

@@ -41,10 +41,10 @@ class Component:
 
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **options: Any) -> Self:
-        """Reads a network out of a single file; see ``russet.checkpoints.single_component.component``."""
-        from russet.checkpoints import single_component
+        """Reads a network out of a single file; see ``russet.checkpoints.single_file.component.component``."""
+        from russet.checkpoints.single_file import component
 
-        return single_component.component(cls, source, **options)
+        return component.component(cls, source, **options)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes the component into a folder in Diffusers form; see ``russet.checkpoints.save.component``."""

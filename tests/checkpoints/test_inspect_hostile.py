@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from russet.checkpoints.inspect import inspect
-from russet.checkpoints.kinds import recognise
-from russet.checkpoints.prediction import read_sidecar
-from russet.checkpoints.single_file import single_file
+from russet.checkpoints.layouts.detection import recognise
+from russet.checkpoints.single_file.load import single_file
+from russet.checkpoints.single_file.prediction import read_sidecar
 from russet.errors import CheckpointError, InputError, MissingFile, RussetError
 
 from . import ldm_tiny

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from russet.checkpoints.inspect import inspect
-from russet.checkpoints.kinds import recognise
+from russet.checkpoints.layouts.detection import recognise
 
 from .sparse import write_sparse
 

@@ -35,7 +35,7 @@ from russet.models.clip_text import CLIPTextModel
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 from russet.schedulers.named import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
-from russet.tokenizer import CLIPTokenizer
+from russet.text.tokenizer import CLIPTokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -269,7 +269,7 @@ def truncate(path: Path, share: float) -> None:
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_fault_is_named_before_any_weight_is_read(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from russet.checkpoints.stored import StoredTensor
+    from russet.checkpoints.formats.tensor_source import StoredTensor
 
     def never(self: StoredTensor, *, brief: bool = False) -> torch.Tensor:
         raise AssertionError("a weight was read")
@@ -317,7 +317,7 @@ def test_a_scheduler_takes_the_config_of_another(tiny_folder: Path) -> None:
 
 
 def test_a_tokenizer_and_an_image_processor_load_by_themselves(tiny_folder: Path) -> None:
-    from russet.image_processor import CLIPImageProcessor
+    from russet.images.clip_processor import CLIPImageProcessor
 
     assert CLIPTokenizer.from_pretrained(tiny_folder, subfolder="tokenizer").vocab_size == 2944
     assert isinstance(CLIPImageProcessor.from_pretrained(tiny_folder / "feature_extractor"), CLIPImageProcessor)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from russet.checkpoints import load, save
-from russet.checkpoints.files import open_weights
-from russet.checkpoints.stage import staged
-from russet.checkpoints.write import read_size, write_safetensors
+from russet.checkpoints.atomic_directory import staged
+from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.formats.writing import read_size, write_safetensors
 from russet.errors import ArgumentTypeError, CheckpointError, ConfigError, InputError
 
 
@@ -150,7 +150,6 @@ def test_the_precision_is_written_where_transformers_looks_for_it(tiny_folder: P
 
 def spoil(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
     """Lets writing a weight file fail in the middle, after some have been written."""
-    from russet.checkpoints import write
 
     calls = []
 

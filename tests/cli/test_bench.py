@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from russet.cli.app import run
-from russet.pipelines.bench import header
+from russet.diagnostics.bench import header
 
 QUICK = ["--steps", "1", "--calls", "1", "--device", "cpu", "--width", "64", "--height", "64"]
 

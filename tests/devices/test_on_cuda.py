@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import russet
-from russet.pipelines.graphs import Graphs
+from russet.backends.cuda.graphs import Graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -214,7 +214,7 @@ def test_the_device_is_asked_now_and_then_and_not_in_every_step(single: Any) -> 
 
 
 def test_every_operation_agrees_with_the_cpu() -> None:
-    from russet.pipelines.self_test import self_test
+    from russet.diagnostics.self_test import self_test
 
     lines = list(self_test("cuda"))
     assert [str(line) for line in lines if line.verdict in ("wrong", "failed")] == []
@@ -225,10 +225,10 @@ def test_fast_paths_and_plain_operations_draw_the_same_picture(psnr: Any) -> Non
     for dtype, least in ((torch.float32, 50), (torch.float16, 30)):
         pipe = embedded(dtype=dtype)
         fast = pipe(PROMPT, seed=42, **SETTINGS)
-        assert (fast.plan["elementwise"], fast.plan["graphs"]) == ("fused", True)
+        assert (fast.plan["ops"], fast.plan["cuda_graphs"]) == ("triton", True)
         pipe.disable_fast_paths()
         plain = pipe(PROMPT, seed=42, **SETTINGS)
-        assert (plain.plan["elementwise"], plain.plan["graphs"]) == ("plain", False)
+        assert (plain.plan["ops"], plain.plan["cuda_graphs"]) == ("eager", False)
         assert psnr(plain.images, fast.images) >= least
 
 

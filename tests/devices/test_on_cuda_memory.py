@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import russet
-from russet.devices import published
 from russet.errors import DoesNotFit
+from russet.planning import reference_models
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -34,9 +34,11 @@ def stable_diffusion() -> Any:
     levels = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.device("cuda"):
         networks = {
-            "unet": russet.UNet2DConditionModel.from_config(published.SD15_UNET).half(),
-            "vae": russet.AutoencoderKL.from_config({**published.VAE, **levels, "scaling_factor": 0.18215}).half(),
-            "text_encoder": russet.CLIPTextModel.from_config(published.CLIP_L).half(),
+            "unet": russet.UNet2DConditionModel.from_config(reference_models.SD15_UNET).half(),
+            "vae": russet.AutoencoderKL.from_config(
+                {**reference_models.VAE, **levels, "scaling_factor": 0.18215}
+            ).half(),
+            "text_encoder": russet.CLIPTextModel.from_config(reference_models.CLIP_L).half(),
         }
     parts = russet.DiffusionPipeline.from_pretrained("mini")
     pipe = russet.StableDiffusionPipeline(

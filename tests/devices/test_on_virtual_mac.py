@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from russet.models.norms import ComposedGroupNorm
 from torch import nn
 
 from russet import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
-from russet.attention import chunked, upcast
-from russet.devices.facts import mac as written_mac
-from russet.devices.facts import read_facts
+from russet.backends.mps import frames_in_flight
+from russet.hardware.facts import mac as written_mac
+from russet.hardware.facts import read_facts
+from russet.models.attention import chunked, upcast
 from russet.models.clip_text import CLIPTextModel
-from russet.models.norms import ComposedGroupNorm
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
-from russet.pipelines import pace
-from russet.tokenizer import CLIPTokenizer
+from russet.text.tokenizer import CLIPTokenizer
 
 from .virtual_mps import Counts, VirtualMac
 from .virtual_mps.kernels import version
@@ -231,7 +231,7 @@ def test_the_host_stays_one_step_ahead_of_the_device(late):
 
 
 def test_events_that_never_come_do_not_stop_a_run(monkeypatch):
-    monkeypatch.setattr(pace, "PATIENCE", 0.0)
+    monkeypatch.setattr(frames_in_flight, "PATIENCE", 0.0)
     with VirtualMac(late_events=10**9) as mac:
         found = picture(mini(torch.float32).to("mps"), steps=4)
         assert len(mac.events) == 2
@@ -358,7 +358,7 @@ def hollow(network: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def stable_diffusion() -> Any:
     """A function that gives the pipeline of Stable Diffusion 1.5, without values."""
-    from russet.checkpoints.fill import build
+    from russet.checkpoints.load_state_dict import build
 
     tokenizer = CLIPTokenizer.from_files(Path(__file__).parents[2] / "src/russet/mini/tokenizer")
     unet = {"sample_size": 64, "cross_attention_dim": 768}

@@ -81,7 +81,9 @@ OPERATIONS = {
     "matmul": lambda x: x @ x.transpose(-1, -2),
     "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x),
     "linear": lambda x: F.linear(x, x[0], x[0, :, 0]),
-    "conv2d": lambda x: F.conv2d(x[None], x[None].transpose(0, 1)[:2].expand(2, 2, 4, 6)[..., :3, :3], padding=1),
+    "conv2d": lambda x: F.conv2d(
+        x[None], x[None].transpose(0, 1)[:2].expand(2, 2, 4, 6)[..., :3, :3].contiguous(), padding=1
+    ),
     "group_norm": lambda x: F.group_norm(x[None], 2),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "silu and gelu": lambda x: F.gelu(F.silu(x)),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from russet.devices import bugs
-from russet.devices.facts import mac as written_mac
+from russet.hardware import known_bugs
+from russet.hardware.facts import mac as written_mac
 
 from .virtual_mps import ProcessAborted, VirtualMac
 from .virtual_mps.defects import DEFECTS
@@ -96,7 +96,23 @@ def tokens_in_half():
     return F.linear(random(2, 5, 8, dtype=torch.float16).to("mps"), random(3, 8, dtype=torch.float16).to("mps"))
 
 
-M1, M3 = {"chip": "M1 Pro"}, {"chip": "M3 Max"}
+def strided_convolution():
+    return F.conv2d(random(1, 4, 5, 5).to("mps"), random(3, 3, 4, 3).to("mps").transpose(1, 2))
+
+
+def half_of_the_channels():
+    return F.conv2d(random(2, 8, 5, 5).to("mps").chunk(2, dim=1)[1], random(3, 4, 3, 3).to("mps"))
+
+
+def number_of_a_list():
+    return torch.tensor([9.0, 2.0, 7.0])[1] * random(2, 2).to("mps")
+
+
+def number_of_a_list_in_place():
+    return random(2, 2).to("mps").div_(torch.tensor([9.0, 2.0, 7.0])[2])
+
+
+M1, M3, M5 = {"chip": "M1 Pro"}, {"chip": "M3 Max"}, {"chip": "M5", "torch": "2.14.0"}
 
 CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is right
     pytest.param(empty_baddbmm, {"torch": "2.13.0"}, {"torch": "2.14.0"}, marks=needs_torch_2),
@@ -111,6 +127,12 @@ CASES = [  # a computation, a Mac on which it is wrong, a Mac on which it is rig
     (long_matrix, {**M1, "torch": "2.7.1"}, {**M1, "torch": "2.6.0"}),
     (channels_last, {"torch": "2.13.0"}, {"bugs": ()}),
     (strided_weight, {"torch": "2.8.0"}, {"torch": "2.9.0"}),
+    (strided_convolution, {"torch": "2.13.0", "macos": "15.0"}, {"torch": "2.14.0", "macos": "15.0"}),
+    (strided_convolution, {"torch": "2.13.0", "macos": "15.0"}, {"torch": "2.13.0", "macos": "14.6"}),
+    (half_of_the_channels, {**M5, "macos": "26.2"}, {**M5, "macos": "26.1"}),
+    (half_of_the_channels, {**M5, "macos": "26.2"}, {**M3, "macos": "26.2", "torch": "2.14.0"}),
+    (number_of_a_list, {"torch": "2.13.0"}, {"torch": "2.14.0"}),
+    (number_of_a_list_in_place, {"torch": "2.13.0"}, {"torch": "2.14.0"}),
     (plain_linear, {"torch": "2.5.1", "macos": "13.2"}, {"torch": "2.5.1", "macos": "13.3"}),
     (mixed_norm, {"torch": "2.13.0"}, {"torch": "2.12.0"}),
     (single_row, {**M1, "macos": "26.1", "torch": "2.13.0"}, {**M1, "macos": "26.1", "torch": "2.14.0"}),
@@ -132,6 +154,35 @@ def test_a_result_is_wrong_only_where_the_defect_holds(compute, wrong_on, right_
         right = compute().cpu()
     assert torch.equal(right, expected)
     assert wrong.shape != expected.shape or not torch.allclose(wrong, expected, rtol=1e-3)
+
+
+def test_of_half_of_the_channels_the_first_row_is_right():
+    with VirtualMac(bugs=()):
+        expected = half_of_the_channels().cpu()
+    with VirtualMac(bugs=["sliced-channels"]):
+        wrong = half_of_the_channels().cpu()
+        assert torch.equal(
+            F.conv2d(random(1, 8, 5, 5).to("mps").chunk(2, 1)[1], random(3, 4, 3, 3).to("mps")).cpu(),
+            F.conv2d(random(1, 8, 5, 5).chunk(2, 1)[1], random(3, 4, 3, 3)),
+        )
+    assert torch.equal(wrong[0], expected[0])
+    assert not torch.allclose(wrong[1], expected[1])
+
+
+@pytest.mark.parametrize("own", [torch.Tensor.clone, float, lambda x: x.to("mps")])
+def test_a_number_that_is_no_view_is_taken_as_it_is(own):
+    with VirtualMac(bugs=["scalar-views"]):
+        ones = torch.ones(2, device="mps")
+        numbers = torch.tensor([9.0, 2.0, 7.0])
+        assert (own(numbers[2]) * ones).tolist() == [7, 7]
+        assert (numbers[2] * ones).tolist() == [9, 9]
+
+
+def test_numbers_of_another_precision_are_no_second_operand():
+    with VirtualMac(bugs=["mixed-operands"]):
+        x = random(2, 2, dtype=torch.float16).to("mps")
+        assert (x * torch.tensor(2.0)).dtype == x.float().to(x).dtype == torch.float16
+        assert x[torch.tensor([1], device="mps")].shape == (1, 2)
 
 
 @needs_torch_2
@@ -186,8 +237,13 @@ def test_only_the_first_pass_of_a_shape_differs_on_1_13():
             {"torch": "2.13.0", "macos": "27.0"},
             {"torch": "2.14.0", "macos": "27.0"},
         ),
+        (
+            lambda: random(2, 8, dtype=torch.float16).to("mps") - random(2, 8).to("mps"),
+            {"torch": "2.5.1", "macos": "14.6"},
+            {"torch": "2.5.1", "macos": "15.0"},
+        ),
     ],
-    ids=["LayerNorm in half", "GELU in half", "transposed bfloat16 weight"],
+    ids=["LayerNorm in half", "GELU in half", "transposed bfloat16 weight", "two precisions"],
 )
 def test_the_process_dies_only_where_the_defect_holds(compute, dies_on, lives_on):
     with VirtualMac(**dies_on), pytest.raises(ProcessAborted):
@@ -237,13 +293,13 @@ def test_bugs_can_be_chosen_and_unknown_ones_are_refused():
 
 
 def test_the_plans_table_knows_each_defect_wherever_it_holds():
-    shared = [defect for defect in DEFECTS if defect.id in bugs.BY_ID]
+    shared = [defect for defect in DEFECTS if defect.id in known_bugs.BY_ID]
     assert len(shared) >= 13
     torches = ("1.13.1", "2.0.1", "2.1.2", "2.5.1", "2.6.0", "2.8.0", "2.12.1", "2.13.0", "2.14.0")
     for chip, macos, torch_version in itertools.product(
-        ("M1", "M2 Pro", "M4"), ("12.6", "13.2", "14.5", "27.0"), torches
+        ("M1", "M2 Pro", "M4", "M5"), ("12.6", "13.2", "14.5", "15.0", "26.2", "27.0"), torches
     ):
         facts = written_mac(chip, memory_gib=16, macos=macos, torch=torch_version)
         for defect in shared:
             if defect.holds(chip, version(torch_version), version(macos)):
-                assert bugs.affected(facts, defect.id), (defect.id, chip, macos, torch_version)
+                assert known_bugs.affected(facts, defect.id), (defect.id, chip, macos, torch_version)

@@ -9,8 +9,8 @@ import transformers
 from safetensors.torch import load_file
 
 import russet
-from russet.attention import chunked, sliced
 from russet.errors import ArgumentTypeError, ConfigError, InputError
+from russet.models.attention import chunked, sliced
 from russet.models.clip_text import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.clip_vision import CLIPVisionConfig, CLIPVisionModelWithProjection
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from russet.models.norms import ComposedGroupNorm, Float32LayerNorm, set_norms
 from torch import nn
 
-from russet.models.norms import ComposedGroupNorm, Float32LayerNorm, set_norms
 from russet.models.unet import UNet2DConditionModel
 
 TINY = {
@@ -21,7 +21,7 @@ TINY = {
 @pytest.fixture(params=["in few operations", "in little memory"])
 def way(request, monkeypatch):
     """Both ways of the composed norm, whatever the size."""
-    monkeypatch.setattr("russet.norm_sizes.AT_ONCE", 0 if request.param == "in little memory" else 2**40)
+    monkeypatch.setattr("russet.backends.norm_heuristics.AT_ONCE", 0 if request.param == "in little memory" else 2**40)
 
 
 @pytest.mark.usefixtures("way")

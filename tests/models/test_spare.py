@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from russet.models.spare import Spare, taken
 from torch import Tensor, nn
 
-from russet.elementwise import Plain
+from russet.backends.ops import Plain
 from russet.models.resnet import Resnet, ResnetStyle
-from russet.models.spare import Spare, taken
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from russet.models.spare import Spare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from russet.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
-from russet.elementwise import Plain
+from russet.backends.ops import Plain
 from russet.errors import InputError
 from russet.models import sums
+from russet.models.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.models.resnet import Resnet, ResnetStyle
-from russet.models.spare import Spare
 from russet.models.transformer import MultiHeadAttention
 from russet.models.unet import UNet2DConditionModel
 

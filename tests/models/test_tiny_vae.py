@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import russet
-from russet.devices import parameters
-from russet.devices.sizes import VAESizes
 from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
+from russet.planning import parameter_counts
 
 SMALL: dict[str, Any] = {
     "encoder_block_out_channels": (8, 8, 8),
@@ -93,11 +92,9 @@ def test_slicing_and_tiling_are_those_of_every_autoencoder(pair: Any, agree: Any
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_counted_exactly(name: str) -> None:
-    if name == "uneven":
-        pytest.skip("sizes know one width for both ways")
     config = VARIANTS[name]
     count = sum(p.numel() for p in AutoencoderTiny(config).parameters())
-    assert parameters.vae(VAESizes.of(AutoencoderTiny(config).config)) == count
+    assert parameter_counts.vae(AutoencoderTiny(config).config) == count
 
 
 @pytest.mark.parametrize(

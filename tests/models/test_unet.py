@@ -6,8 +6,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from russet.attention import chunked, fused, padded, sliced
 from russet.errors import ArgumentTypeError, InputError
+from russet.models.attention import chunked, fused, padded, sliced
 from russet.models.unet import UNet2DConditionModel
 
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"

@@ -10,8 +10,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import load_file
 
 import russet
-from russet.attention import sliced
 from russet.errors import ArgumentTypeError, ConfigError, InputError
+from russet.models.attention import sliced
 from russet.models.vae import AutoencoderKL, DiagonalGaussian
 from russet.models.vae_config import VAEConfig
 

@@ -94,7 +94,7 @@ def test_it_is_saved_and_loaded_and_planned_for_one_row_a_picture(lcm: Any, tmp_
     again = quiet(russet.DiffusionPipeline.from_pretrained(tmp_path / "again"))
     first, second = (pipe("a horse", seed=3, output_type="np") for pipe in (lcm, again))
     assert np.array_equal(first.images, second.images)
-    assert first.plan.sizes.rows == 1
+    assert first.plan.workload.rows == 1
 
 
 @pytest.mark.parametrize("steps", STEPS)

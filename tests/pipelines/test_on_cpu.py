@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from russet.backends.cpu.ops import OnCPU
+from russet.models.linears import OneDNNLinear
 
 import russet
-from russet.elementwise_cpu import OnCPU
-from russet.models.linears import OneDNNLinear
-from russet.tokenizer import CLIPTokenizer
+from russet.text.tokenizer import CLIPTokenizer
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 
@@ -55,15 +55,20 @@ def wide() -> Any:
 
 def test_fast_paths_and_plain_operations_draw_the_same_picture(wide: Any) -> None:
     settings = {"num_inference_steps": 3, "output_type": "np", "seed": 3}
+    block, seen = wide.unet.down_blocks[0], []
+    hook = wide.unet.register_forward_pre_hook(
+        lambda *_: seen.append((block.resnets[0].steps, type(block.attentions[0].transformer_blocks[0].ff.net[2])))
+    )
     fast = wide(PROMPT, **settings)
-    assert fast.plan["convolutions"] == "winograd"
-    assert isinstance(wide.unet.conv_in.bias, torch.Tensor)
-    assert isinstance(wide.unet.down_blocks[0].resnets[0].steps, OnCPU)
-    linear = type(wide.unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[2])
-    assert (linear is OneDNNLinear) == (fast.plan["linear_layers"] == "onednn")
+    hook.remove()
+    steps, linear = seen[0]
+    assert fast.plan["winograd"]
+    assert isinstance(steps, OnCPU)
+    assert (linear is OneDNNLinear) == fast.plan["onednn_linear"]
+    assert type(block.attentions[0].transformer_blocks[0].ff.net[2]) is torch.nn.Linear, "a plain network again"
     wide.disable_fast_paths()
     plain = wide(PROMPT, **settings)
     wide.enable_fast_paths()
-    assert plain.plan["convolutions"] == "direct"
+    assert not plain.plan["winograd"]
     assert not np.array_equal(fast.images, plain.images)
     assert -10 * np.log10(np.square(fast.images - plain.images).mean()) > 80

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from russet.random_streams import draw
+from russet.rng import draw
 from russet.schedulers import named
 from russet.schedulers.scheduler import Scheduler
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from russet.random_streams import Noise
+from russet.rng import Noise
 from russet.schedulers import multistep, solvers, spacing
 from russet.schedulers.multistep import Exponential
 from russet.schedulers.noise import Point

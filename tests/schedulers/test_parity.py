@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from russet.random_streams import Noise
+from russet.rng import Noise
 from russet.schedulers import named
 
 from .loops import SD, normal, protocol, relative, wavy

@@ -79,8 +79,8 @@ TABLE: dict[str, Entry] = {
         Entry("CLIPTextModelWithProjection", "transformers", "models.clip_text", "model", "clip_text_model"),
         Entry("CLIPVisionModelWithProjection", "transformers", "models.clip_vision", "model", "clip_vision_model"),
         Entry("StableDiffusionSafetyChecker", "stable_diffusion", "models.safety_checker", "model", "clip"),
-        Entry("CLIPTokenizer", "transformers", "tokenizer", "tokenizer"),
-        Entry("CLIPImageProcessor", "transformers", "image_processor", "processor"),
+        Entry("CLIPTokenizer", "transformers", "text.tokenizer", "tokenizer"),
+        Entry("CLIPImageProcessor", "transformers", "images.clip_processor", "processor"),
         *(Entry(name, "diffusers", "schedulers.named", "scheduler") for name in SCHEDULERS),
     )
 }

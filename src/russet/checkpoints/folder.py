@@ -12,10 +12,10 @@ from typing import Any
 
 from russet.checkpoints import weight_names
 from russet.checkpoints.classes import COMPONENTS, TABLE, Entry, find
-from russet.checkpoints.files import Weights, open_shards, open_weights
+from russet.checkpoints.formats.opening import Weights, open_shards, open_weights
 from russet.checkpoints.weight_names import Choice
 from russet.errors import ConfigError, MissingFile, UnsafeFile
-from russet.smallfiles import read_json
+from russet.file_io import read_json
 
 log = logging.getLogger(__name__)
 

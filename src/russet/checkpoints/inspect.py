@@ -7,19 +7,20 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from russet.checkpoints import folder, kinds, ldm_keys, lora_names, weight_names
+from russet.checkpoints import folder, weight_names
 from russet.checkpoints.classes import TABLE, Entry
-from russet.checkpoints.files import Weights
-from russet.checkpoints.kinds import Kind, recognise
-from russet.checkpoints.ldm_read import draft
+from russet.checkpoints.formats.opening import Weights
+from russet.checkpoints.formats.tensor_source import TORCH_NAMES, StoredTensor
+from russet.checkpoints.inspect_report import EMA, LoraReport, PartReport, Report
+from russet.checkpoints.layouts import detection, ldm_keys, lora_names
+from russet.checkpoints.layouts.detection import Kind, recognise
+from russet.checkpoints.layouts.ldm_read import pending_weights
+from russet.checkpoints.layouts.lora_names import Shapes
 from russet.checkpoints.locate import locate
-from russet.checkpoints.lora_names import Shapes
 from russet.checkpoints.options import Options
-from russet.checkpoints.recipes import Request, SingleFile, choose_recipe
-from russet.checkpoints.reports import EMA, LoraReport, PartReport, Report
-from russet.checkpoints.stored import TORCH_NAMES, StoredTensor
+from russet.checkpoints.single_file.recipes import Request, SingleFile, choose_recipe
 from russet.errors import CheckpointError, ConfigError, InputError, MissingFile
-from russet.smallfiles import read_json
+from russet.file_io import read_json
 
 
 def inspect(path: str | os.PathLike[str]) -> Report:
@@ -74,7 +75,7 @@ def inspect_model(file: SingleFile, report: Report) -> Report:
         recipe = choose_recipe(file, told, Request(), Options())
         for part in ldm_keys.LAYOUTS[file.kind.family]:
             if groups[part.component]:
-                draft(part, file.weights, recipe)
+                pending_weights(part, file.weights, recipe)
     except (CheckpointError, ConfigError) as error:
         return dataclasses.replace(report, obstacle=str(error))
     parts = {name: config for name, config in recipe.parts.items() if config}
@@ -83,7 +84,7 @@ def inspect_model(file: SingleFile, report: Report) -> Report:
 
 def lora_report(shapes: Shapes, kind: Kind) -> LoraReport:
     """What a LoRA changes, compared with the layers of the model that it was made for."""
-    from russet.checkpoints import lora_layers
+    from russet.checkpoints.layouts import lora_layers
 
     found, odd = lora_names.changes(shapes)
     layers: dict[str, set[str]] = {}
@@ -91,7 +92,7 @@ def lora_report(shapes: Shapes, kind: Kind) -> LoraReport:
         layers.setdefault(change.network, set()).add(change.layer)
     unknown = (*odd, *lora_layers.strangers(found, kind.family)) if kind.family else None
     counts = {network: len(names) for network, names in layers.items()}
-    return LoraReport(kind.detail, lora_names.ranks(found), counts, kinds.FAMILIES.get(kind.family, ""), unknown)
+    return LoraReport(kind.detail, lora_names.ranks(found), counts, detection.FAMILIES.get(kind.family, ""), unknown)
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from russet.checkpoints import folder, old_configs, stored_file
+from russet.checkpoints import folder
 from russet.checkpoints.classes import COMPONENTS, entry_of
-from russet.checkpoints.draft import Draft
+from russet.checkpoints.formats import weight_file
+from russet.checkpoints.layouts import old_configs
 from russet.checkpoints.locate import locate
 from russet.checkpoints.options import Options, Precision, precision_of, read_dtype
+from russet.checkpoints.pending_weights import PendingWeights
 from russet.errors import ArgumentTypeError, MissingFile, UnsafeFile, UnsupportedArgument
 
 log = logging.getLogger(__name__)
@@ -32,15 +34,15 @@ T = TypeVar("T")
 class Loaded:
     """A pipeline's parts: ``components`` by name, None for those that it does without; ``index`` as it was read.
 
-    ``drafts`` has for each network what reads its weights, for the first time or again:
-    ``drafts[network].refill(network, …)``.
+    ``pending`` has for each network what reads its weights, for the first time or again:
+    ``pending[network].refill(network, …)``.
     """
 
     class_name: str
     components: Mapping[str, Any]
     index: Mapping[str, Any]
     source: str
-    drafts: Mapping[Any, Draft] = dataclasses.field(default_factory=dict)
+    pending: Mapping[Any, PendingWeights] = dataclasses.field(default_factory=dict)
 
 
 def pipeline(
@@ -61,7 +63,7 @@ def pipeline(
             float32.
         options: how to find the files.
         device: where the weights go, tensor by tensor, without the whole model being on the CPU first.
-        postponed: leaves networks without memory, to be filled by their drafts; not where files cannot be held open.
+        postponed: leaves networks without memory, to be filled later; not where files cannot be held open.
 
     Raises:
         InputError: an argument has a wrong value, or an override names no component.
@@ -71,28 +73,30 @@ def pipeline(
     overrides, options = dict(overrides or {}), options or Options()
     place = locate(source)
     if isinstance(place, str):
-        from russet.checkpoints import hub
+        from russet.checkpoints.hub import download
 
-        place = hub.fetch_pipeline(place, options, skipped=overrides)
+        place = download.fetch_pipeline(place, options, skipped=overrides)
     index = folder.read_index(place)
     check_overrides(overrides, index.parts)
     started = time.perf_counter()
     repair = old_configs.repairs_apply(index.class_name)
-    drafts = {
-        part: Draft.read(entry.load(), entry, place / part, options, repair=repair, dtype=precision_of(dtype, part))
+    pending = {
+        part: PendingWeights.read(
+            entry.load(), entry, place / part, options, repair=repair, dtype=precision_of(dtype, part)
+        )
         for part, entry in index.entries(skipped=overrides).items()
     }
-    choices = {part: draft.choice for part, draft in drafts.items() if draft.choice is not None}
+    choices = {part: weights.choice for part, weights in pending.items() if weights.choice is not None}
     folder.check_variant(choices, options.variant, place)
-    postponed = postponed and stored_file.HELD
+    postponed = postponed and weight_file.HELD
     made = {
-        part: draft.component if postponed else draft.make(precision_of(dtype, part), device)
-        for part, draft in drafts.items()
+        part: weights.component if postponed else weights.make(precision_of(dtype, part), device)
+        for part, weights in pending.items()
     }
     done = "opened" if postponed else "loaded"
     log.info("%s: %s %s in %.2f s", source, done, ", ".join(made), time.perf_counter() - started)
     components = {part: made.get(part) for part in index.parts} | overrides
-    filled = {made[part]: draft for part, draft in drafts.items() if draft.sources}
+    filled = {made[part]: weights for part, weights in pending.items() if weights.sources}
     return Loaded(index.class_name, components, index.raw, os.fspath(source), filled)
 
 
@@ -125,18 +129,18 @@ def component(
     inner = _inner(subfolder)
     place = locate(source)
     if isinstance(place, str):
-        from russet.checkpoints import hub
+        from russet.checkpoints.hub import download
 
-        place = hub.fetch_component(place, entry, wanted, inner)
+        place = download.fetch_component(place, entry, wanted, inner)
     place = place / inner
     if not place.is_dir():
         raise MissingFile(f"there is no folder {place}")
     if not (place / entry.config_file).is_file() and (place / folder.INDEX).is_file():
         raise MissingFile(f"{place} is a whole pipeline; pass subfolder= to say which part of it is the {cls.__name__}")
-    draft = Draft.read(cls, entry, place, wanted)
-    if draft.choice is not None:
-        folder.check_variant({"": draft.choice}, wanted.variant, place)
-    made: T = draft.make(precision_of(precision, ""))
+    weights = PendingWeights.read(cls, entry, place, wanted)
+    if weights.choice is not None:
+        folder.check_variant({"": weights.choice}, wanted.variant, place)
+    made: T = weights.make(precision_of(precision, ""))
     return made
 
 

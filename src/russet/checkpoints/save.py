@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
+from russet.checkpoints.atomic_directory import staged
 from russet.checkpoints.classes import Entry, entry_of
 from russet.checkpoints.folder import INDEX
+from russet.checkpoints.formats.writing import read_size, write_weights
 from russet.checkpoints.options import Options
-from russet.checkpoints.stage import staged
 from russet.checkpoints.weight_names import belongs
-from russet.checkpoints.write import read_size, write_weights
 from russet.errors import ArgumentTypeError
-from russet.smallfiles import write_json
+from russet.file_io import write_json
 
 # The Diffusers whose folder form this is; it goes by this where a config says nothing else.
 DIFFUSERS_VERSION = "0.42.1"

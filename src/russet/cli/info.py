@@ -30,8 +30,7 @@ def command(device: str | None, as_json: bool) -> None:
 
 def gathered(device: str | None) -> dict[str, Any]:
     """Name → value, in the order in which they are shown."""
-    from russet.devices.decisions import gigabytes
-    from russet.devices.facts import read_facts
+    from russet.hardware.facts import gigabytes, read_facts
 
     facts = read_facts(device)
     return {

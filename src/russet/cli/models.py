@@ -18,7 +18,7 @@ def pull(model: str, variant: str | None, revision: str | None) -> None:
 
     Only the files that a pipeline needs are fetched, safetensors where there are such. Prints the folder.
     """
-    from russet.checkpoints import cache
+    from russet.checkpoints.hub import cache
     from russet.checkpoints.options import Options
 
     click.echo(cache.pull(model, Options(variant=variant, revision=revision)))
@@ -28,8 +28,8 @@ def pull(model: str, variant: str | None, revision: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def models(as_json: bool) -> None:
     """Lists the downloaded models."""
-    from russet.checkpoints import cache
-    from russet.devices.decisions import gigabytes
+    from russet.checkpoints.hub import cache
+    from russet.hardware.facts import gigabytes
 
     found = cache.cached_models()
     if as_json:
@@ -52,7 +52,7 @@ def models(as_json: bool) -> None:
 @click.argument("model")
 def remove(model: str) -> None:
     """Deletes the download of MODEL."""
-    from russet.checkpoints import cache
-    from russet.devices.decisions import gigabytes
+    from russet.checkpoints.hub import cache
+    from russet.hardware.facts import gigabytes
 
     click.echo(f"freed {gigabytes(cache.remove(model))}")

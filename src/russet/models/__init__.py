@@ -1,1 +1,1 @@
-"""The networks of Stable Diffusion. They know torch and ``russet.attention``; no file, no prompt, no schedule."""
+"""The networks of Stable Diffusion. They know torch and their own attention; no file, no prompt, no schedule."""

@@ -1,7 +1,4 @@
-"""Activation functions by the names that configs use.
-
-They may overwrite their argument, which saves memory: give them only a tensor that nothing else holds.
-"""
+"""Activation functions by the names that configs use."""
 
 from __future__ import annotations
 
@@ -11,33 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from russet.elementwise import gelu
-
 Activation = Callable[[Tensor], Tensor]
-
-
-def silu(x: Tensor) -> Tensor:
-    return F.silu(x, inplace=True)
-
-
-def relu(x: Tensor) -> Tensor:
-    return F.relu(x, inplace=True)
-
-
-def mish(x: Tensor) -> Tensor:
-    return F.mish(x, inplace=True)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
     """The approximation x · sigmoid(1.702 x) that OpenAI's CLIP was trained with (arXiv:1606.08415, section 2)."""
-    return torch.sigmoid(1.702 * x).mul_(x)
+    return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": silu,
-    "swish": silu,
-    "relu": relu,
-    "mish": mish,
-    "gelu": gelu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "mish": F.mish,
+    "gelu": F.gelu,
     "quick_gelu": quick_gelu,
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from russet.config import Config
 from russet.errors import InputError
-from russet.models.base import Model, require_tensor
+from russet.models.base import Model, as_input, require_tensor
 from russet.models.tiling import Tiling, tiled
 
 
@@ -92,6 +92,7 @@ class Autoencoder(Model):
             raise InputError(f"{what} must have the shape [B, {channels}, H, W] with sides ≥ {least}: {list(x.shape)}")
 
     def _row_by_row(self, process: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = as_input(x, self.dtype)
         return torch.cat([process(row) for row in x.chunk(len(x))]) if self.slicing and len(x) > 1 else process(x)
 
     def _encode(self, x: Tensor) -> Tensor:

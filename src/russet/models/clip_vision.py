@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from russet.errors import InputError
-from russet.models.base import Model, require_tensor
+from russet.models.base import Model, as_input, require_tensor
 from russet.models.clip import CLIPEncoder, CLIPTowerConfig
 
 
@@ -73,6 +73,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        pixels = as_input(pixels, self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         return tokens + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from russet.errors import ArgumentTypeError, InputError
 from russet.models.activations import ACTIVATIONS
 from russet.models.base import Model
-from russet.models.embeddings import Embedding, sinusoids
+from russet.models.embeddings import TimestepEmbedding, sinusoids
 from russet.models.unet_config import UNetConfig
 
 
@@ -25,18 +25,18 @@ class Conditioned(Model):
         super().__init__(config)
         width, time = config.block_out_channels[0], config.time_features
         self.act = ACTIVATIONS[config.act_fn]
-        self.time_embedding = Embedding(width, time, config.act_fn, config.time_cond_proj_dim)
+        self.time_embedding = TimestepEmbedding(width, time, config.act_fn, config.time_cond_proj_dim)
         self.class_embedding: nn.Module | None = None
-        self.add_embedding: Embedding | None = None
+        self.add_embedding: TimestepEmbedding | None = None
         projected = config.projection_class_embeddings_input_dim
         if config.class_embed_type == "timestep":
-            self.class_embedding = Embedding(width, time, config.act_fn)
+            self.class_embedding = TimestepEmbedding(width, time, config.act_fn)
         elif config.class_embed_type == "projection" and projected is not None:
-            self.class_embedding = Embedding(projected, time)
+            self.class_embedding = TimestepEmbedding(projected, time)
         elif config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, time)
         if config.addition_embed_type == "text_time" and projected is not None:
-            self.add_embedding = Embedding(projected, time)
+            self.add_embedding = TimestepEmbedding(projected, time)
 
     def embed(
         self,
@@ -60,8 +60,8 @@ class Conditioned(Model):
         if condition is not None and self.config.time_cond_proj_dim is None:
             raise InputError("timestep_cond was given, but this network has no time_cond_proj_dim to take it")
         t = times(timestep, sample)
-        waves = self._sinusoids(t, self.config.block_out_channels[0])
-        return self.time_embedding(waves.to(sample.dtype), condition)  # type: ignore[no-any-return]
+        waves = self._sinusoids(t, self.config.block_out_channels[0]).to(sample.dtype)
+        return self.time_embedding(waves, None if condition is None else condition.to(waves.dtype))  # type: ignore[no-any-return]
 
     def _with_class(self, emb: Tensor, labels: Tensor | None) -> Tensor:
         if self.class_embedding is None:

@@ -29,15 +29,7 @@ def sinusoids(t: Tensor, dim: int, *, cos_first: bool, shift: float) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def paired(x: Tensor) -> Tensor:
-    """Vectors [B, D] on the way into a linear layer; one that comes alone, on mps twice, as [2, D].
-
-    On M1 and macOS 26 a linear layer drops its bias where a row comes alone (pytorch#188438).
-    """
-    return x.repeat(2, 1) if len(x) == 1 and x.device.type == "mps" else x
-
-
-class Embedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """Two linear layers that turn a vector [B, inputs] into part of the UNet's time embedding [B, outputs].
 
     With ``condition`` another vector [B, condition], such as LCM's guidance scale, is projected and added first.
@@ -53,4 +45,4 @@ class Embedding(nn.Module):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         if condition is not None and self.cond_proj is not None:
             x = x + self.cond_proj(condition)
-        return self.linear_2(self.act(self.linear_1(paired(x))))[: len(x)]  # type: ignore[no-any-return]
+        return self.linear_2(self.act(self.linear_1(x)))  # type: ignore[no-any-return]

@@ -62,7 +62,7 @@ def tiled(process: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling, unit_i
     for top, rows in _shares(height, tiling, unit_out, x.device):
         for left, columns in _shares(width, tiling, unit_out, x.device):
             source = x[:, :, _part(top, tiling, unit_in), _part(left, tiling, unit_in)]
-            done = process(source)
+            done = process(source).float()
             if total is None:  # float32, since many rounded parts are added up
                 shape = *done.shape[:2], height * unit_out, width * unit_out
                 total = torch.zeros(shape, dtype=torch.float32, device=x.device)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from russet.config import Config
 from russet.models.activations import ACTIVATIONS, Activation
@@ -103,7 +104,7 @@ class Block(nn.Module):
         self.conv = nn.Sequential(first, Activated(act), second, Activated(act), third)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).add_(x).relu_()  # type: ignore[no-any-return]
+        return F.relu(self.conv(x) + x)
 
 
 class TinyEncoder(nn.Module):
@@ -140,7 +141,7 @@ class TinyDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, convolution(channels, config.out_channels))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(torch.tanh(z / 3) * 3).mul_(2).sub_(1)  # type: ignore[no-any-return]
+        return self.layers(torch.tanh(z / 3) * 3) * 2 - 1  # type: ignore[no-any-return]
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from russet.config import Config
 from russet.models.activations import ACTIVATIONS
@@ -97,6 +98,48 @@ class Level:
     heads: int
     context: int
     only_cross: bool
+
+    def stage(
+        self, number: int, inputs: int, depth: int | None, resampling: Literal["down", "up"] | None = None
+    ) -> StageConfig:
+        """One of its stages, where the level is the ``number``-th."""
+        return StageConfig(
+            level=number,
+            inputs=inputs,
+            channels=self.channels,
+            depth=depth,
+            heads=self.heads,
+            context=self.context,
+            only_cross=self.only_cross,
+            resampling=resampling,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One entry of the UNet's flat lists of stages.
+
+    A stage is a residual block, a transformer of ``depth`` layers where that is not None, and a change of resolution
+    where ``resampling`` is "up". A stage with ``resampling`` "down" is that convolution alone.
+
+    Attributes:
+        level: which resolution it computes at; 0 is the highest, and each level has half the side of the one before.
+        inputs: channels that come in; on the way up those of the skip connection are among them.
+        channels: channels that go out.
+        depth: transformer layers behind the residual block; None where no transformer is.
+        heads: attention heads.
+        context: features of the text.
+        only_cross: whether the transformer's first attention goes to the text as well.
+    """
+
+    level: int
+    inputs: int
+    channels: int
+    depth: int | None
+    heads: int
+    context: int
+    only_cross: bool
+    resampling: Literal["down", "up"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +274,7 @@ class UNetConfig(Config):
         """Features of the time embedding."""
         return self.time_embedding_dim or self.block_out_channels[0] * 4
 
-    @property
+    @functools.cached_property
     def text_features(self) -> int | None:
         """Features of the text that the UNet attends to; None where it attends to none."""
         return next((level.context for level in self._levels_with_attention), None)
@@ -257,6 +300,53 @@ class UNetConfig(Config):
         back = self.reverse_transformer_layers_per_block
         depths = self._per_block(self.transformer_layers_per_block)[::-1] if back is None else back
         return self._levels(self.up_block_types[::-1], depths[::-1], extra=1)[::-1]
+
+    @functools.cached_property
+    def input_stages(self) -> tuple[StageConfig, ...]:
+        """The stages on the way down, in order; each one's output is also the input of a skip connection."""
+        stages: list[StageConfig] = []
+        width, last = self.block_out_channels[0], len(self.block_out_channels) - 1
+        for number, level in enumerate(self.down_levels):
+            for depth in level.depths:
+                stages.append(level.stage(number, width, depth))
+                width = level.channels
+            if number < last:
+                stages.append(level.stage(number, width, None, "down"))
+        return tuple(stages)
+
+    @functools.cached_property
+    def mid_stages(self) -> tuple[StageConfig, ...]:
+        """The stages of the middle, at the lowest resolution: none, one, or one with a transformer and one without."""
+        last = len(self.block_out_channels) - 1
+        return tuple(
+            level.stage(last, level.channels, depth) for level in self.mid_levels for depth in (*level.depths, None)
+        )
+
+    @functools.cached_property
+    def output_stages(self) -> tuple[StageConfig, ...]:
+        """The stages on the way up, in order; each takes the output of the one before and a skip connection."""
+        stages: list[StageConfig] = []
+        skips = [self.block_out_channels[0], *(stage.channels for stage in self.input_stages)]
+        width, number = skips[-1], len(self.block_out_channels)
+        for level in self.up_levels:
+            number -= 1
+            for depth in level.depths:
+                stages.append(level.stage(number, width + skips.pop(), depth))
+                width = level.channels
+            if number:
+                stages[-1] = replace(stages[-1], resampling="up")
+        return tuple(stages)
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """All stages in the order in which they compute."""
+        return (*self.input_stages, *self.mid_stages, *self.output_stages)
+
+    @property
+    def conditioned_per_row(self) -> bool:
+        """Whether the time embedding depends on more than the timestep: on a class, or XL's pooled text and sizes."""
+        classes = self.class_embed_type is not None or self.num_class_embeds is not None
+        return classes or self.addition_embed_type is not None
 
     @property
     def _levels_with_attention(self) -> list[Level]:

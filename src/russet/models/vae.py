@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from russet.errors import InputError
 from russet.models.autoencoder import Autoencoder
+from russet.models.base import as_input
 from russet.models.vae_blocks import Decoder, Encoder
 from russet.models.vae_config import VAEConfig
 
@@ -102,9 +103,10 @@ class AutoencoderKL(Autoencoder):
         return EncoderOutput(latents) if return_dict else (latents,)
 
     def _encode_whole(self, x: Tensor) -> Tensor:
-        moments = self.encoder(x)
+        moments = self.encoder(as_input(x, self.dtype))  # a tile is part of a larger picture
         return moments if self.quant_conv is None else self.quant_conv(moments)  # type: ignore[no-any-return]
 
     def _decode_whole(self, z: Tensor) -> Tensor:
+        z = as_input(z, self.dtype)
         z = z if self.post_quant_conv is None else self.post_quant_conv(z)
         return self.decoder(z)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,13 +13,16 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from russet import arguments
-from russet.checkpoints import load, save
+from russet import validation
+from russet.checkpoints import load
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
-from russet.pipelines import placement
-from russet.pipelines.moving import Movable
 from russet.pipelines.single_files import SingleFiles
-from russet.pipelines.slots import Slot
+from russet.pipelines.switches import Switches
+from russet.residency import network as residency
+from russet.residency.form import dtype_name, dtype_named
+from russet.residency.lazy_component import LazyComponent
+
+log = logging.getLogger(__name__)
 
 ELSEWHERE = {
     "custom_pipeline": "no code comes from a checkpoint",
@@ -43,18 +47,22 @@ ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One component that a pipeline is made of: the class it must have or ``others``, and whether it may be None."""
+    """One component that a pipeline is made of: the class it must have or ``others``, and whether it may be None.
+
+    callable: whether any function will do, as Diffusers' users give one in place of a safety checker.
+    """
 
     kind: type
     others: tuple[type, ...] = ()
     optional: bool = False
+    callable: bool = False
 
     @property
     def kinds(self) -> tuple[type, ...]:
         return (self.kind, *self.others)
 
 
-class DiffusionPipeline(Movable, SingleFiles):
+class DiffusionPipeline(Switches, SingleFiles):
     """Base of all pipelines. ``DiffusionPipeline.from_pretrained`` returns the pipeline that the checkpoint names.
 
     Components are attributes: ``pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)``. The
@@ -66,15 +74,28 @@ class DiffusionPipeline(Movable, SingleFiles):
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         for name in cls.parts:
-            setattr(cls, name, Slot(name))
+            setattr(cls, name, LazyComponent(name))
 
     def __init__(self, *, requires_safety_checker: bool = True, **components: Any) -> None:
         check_components(type(self).__name__, self.parts, components)
-        self.requires_safety_checker = arguments.flag("requires_safety_checker", requires_safety_checker)
+        self.requires_safety_checker = validation.flag("requires_safety_checker", requires_safety_checker)
         self.index: Mapping[str, Any] = {}
         super().__init__()
+        self._as_given = frozenset(self.parts)
         for name in self.parts:
             setattr(self, name, components.get(name))
+        if managed := self._managed():
+            self._device = (managed.get("unet") or next(iter(managed.values()))).computing_device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes pictures, in pipelines that do; ``from_pretrained`` returns one of them.
+
+        Raises:
+            InputError: this pipeline makes none itself.
+        """
+        raise InputError(
+            f"{type(self).__name__} makes no pictures itself; use a pipeline such as StableDiffusionPipeline"
+        )
 
     # -- where components come from and go to
 
@@ -117,7 +138,7 @@ class DiffusionPipeline(Movable, SingleFiles):
         elsewhere = {name: components.pop(name) for name in [*components] if name in ELSEWHERE}
         if elsewhere.get("low_cpu_mem_usage") is True:  # which is how Russet loads
             del elsewhere["low_cpu_mem_usage"]
-        arguments.refuse_unknown(elsewhere, ELSEWHERE, "from_pretrained()")
+        validation.refuse_unknown(elsewhere, ELSEWHERE, "from_pretrained()")
         precision = load.read_dtype(torch_dtype=torch_dtype, dtype=dtype)
         options = load.Options(
             variant=variant,
@@ -143,7 +164,7 @@ class DiffusionPipeline(Movable, SingleFiles):
         requires_safety_checker: bool | None = None,
     ) -> Self:
         """Makes the pipeline out of what was read. ``given`` are the components that the caller brought along."""
-        from russet.pipelines.classes import pipeline_class
+        from russet.pipelines.registry import pipeline_class
 
         kind = pipeline_class(loaded.class_name) if cls is DiffusionPipeline else cls
         check_components(f"{loaded.source} ({kind.__name__})", kind.parts, loaded.components)
@@ -153,15 +174,16 @@ class DiffusionPipeline(Movable, SingleFiles):
         pipe.index = loaded.index
         pipe._dtype = dtype
         pipe._as_given = frozenset(given)
-        pipe._drafts = loaded.drafts
+        for network, pending in loaded.pending.items():
+            residency.of(network).source = pending.for_reloading()
         plan = None
         with contextlib.suppress(DoesNotFit):  # too large to draw on the CPU is no reason not to load
             plan = pipe.plan()
         for name, network in pipe._networks().items():
-            wanted = placement.dtype_named(plan.dtype(name)) if plan else dtype or torch.float32
-            if network in loaded.drafts and next(network.parameters()).dtype != wanted:
+            wanted = dtype_named(plan.dtype(name)) if plan else dtype or torch.float32
+            if network in loaded.pending and residency.of(network).dtype != wanted:
                 network.to(wanted)  # so that it says in which precision its weights will be
-        pipe._waiting = True
+        pipe._pending = True
         assert isinstance(pipe, cls)
         return pipe
 
@@ -173,17 +195,24 @@ class DiffusionPipeline(Movable, SingleFiles):
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Writes a folder in Diffusers form, which Diffusers and Russet read.
+        """Writes a folder in Diffusers form, which Diffusers and Russet read. Functions in it cannot be saved.
 
         Raises:
             CheckpointError: the folder cannot be written; what stood there before is intact.
         """
+        from russet.checkpoints import save
+
         index = {**self.index, "requires_safety_checker": self.requires_safety_checker}
-        with self.whole():
+        components = self._components()
+        for name, part in self.parts.items():
+            if part.callable and components[name] is not None and not isinstance(components[name], nn.Module):
+                log.warning("%s is a function, which cannot be saved: the folder is written without it", name)
+                components[name] = None
+        with self.weights_in_memory():
             save.pipeline(
                 save_directory,
                 type(self).__name__,
-                self._components(),
+                components,
                 index,
                 variant=variant,
                 safe_serialization=safe_serialization,
@@ -204,18 +233,14 @@ class DiffusionPipeline(Movable, SingleFiles):
         """The same as ``components``, for the pipeline itself."""
         return {name: self.known(name) for name in self.parts}
 
-    def known(self, name: str) -> Any:
-        """A component for what its config says, its weights read or not; None where it was left out."""
-        return vars(self).get(name)
-
     def _networks(self) -> dict[str, nn.Module]:
-        """The same as ``networks``, their weights read or not."""
+        """The same as ``networks``, their weights loaded or not."""
         return {name: part for name in self.parts if isinstance(part := self.known(name), nn.Module)}
 
     def __repr__(self) -> str:
         known = ((name, self.known(name)) for name in self.parts)
         parts = (f"  {name}: {type(part).__name__}" for name, part in known if part is not None)
-        return "\n".join([f"{type(self).__name__} on {self.device}, {placement.dtype_name(self.dtype)}", *parts])
+        return "\n".join([f"{type(self).__name__} on {self.device}, {dtype_name(self.dtype)}", *parts])
 
 
 def check_components(where: str, parts: Mapping[str, Part], components: Mapping[str, Any]) -> None:
@@ -234,6 +259,8 @@ def check_components(where: str, parts: Mapping[str, Part], components: Mapping[
         # a network may come wrapped (torch.compile), so it is known by its config too
         configs = tuple(kind.config_class for kind in part.kinds if hasattr(kind, "config_class"))
         wrapped = isinstance(getattr(component, "config", None), configs)
+        if part.callable and callable(component) and not isinstance(component, (nn.Module, type)):
+            continue
         if not isinstance(component, part.kinds) and not wrapped:
             came = "nothing" if component is None else f"{type(component).__module__}.{type(component).__name__}"
             raise ArgumentTypeError(f"{where}: {name} must be a russet {part.kind.__name__}, not {came}")

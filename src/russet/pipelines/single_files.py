@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import Self
 
 from russet.checkpoints import load
-from russet.checkpoints.single_file import single_file
-from russet.checkpoints.single_file_save import save_single_file
 from russet.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ class SingleFiles:
 
         def _components(self) -> dict[str, Any]: ...
 
-        def whole(self) -> contextlib.AbstractContextManager[None]: ...
+        def weights_in_memory(self) -> contextlib.AbstractContextManager[None]: ...
 
     @classmethod
     def from_single_file(
@@ -70,6 +68,8 @@ class SingleFiles:
             ConfigError: a config cannot be built.
             InputError: an argument has a wrong type or value, or names no component.
         """
+        from russet.checkpoints.single_file.load import single_file
+
         precision = load.read_dtype(torch_dtype=torch_dtype, dtype=dtype)
         options = load.Options(
             revision=revision,
@@ -96,7 +96,7 @@ class SingleFiles:
     @classmethod
     def _accepted(cls, name: str) -> Collection[str]:
         """The components of this pipeline, or where this is the base of all, of the one that a file is for."""
-        from russet.pipelines.classes import PIPELINES
+        from russet.pipelines.registry import PIPELINES
 
         if not cls.parts and name not in PIPELINES:
             raise CheckpointError(
@@ -112,5 +112,7 @@ class SingleFiles:
             InputError: the path does not end in .safetensors, or a network is missing.
             CheckpointError: the file cannot be written; one that stood there before is intact.
         """
-        with self.whole():
+        from russet.checkpoints.single_file.save import save_single_file
+
+        with self.weights_in_memory():
             save_single_file(self._components(), path)

@@ -5,32 +5,27 @@ None of them is needed: without them the plan decides.
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tqdm.auto import tqdm
-
-from russet import arguments
-from russet.devices.choices import Request
+from russet import validation
 from russet.errors import ArgumentTypeError
-from russet.pipelines.deep_cache import DeepCache
+from russet.generate.deep_cache import DeepCache
+from russet.residency.pipeline import MovesNetworks
 
 
-class Switches:
+class Switches(MovesNetworks):
     """What a pipeline can be told by hand about attention, the VAE, step caching and progress."""
 
-    if TYPE_CHECKING:  # what the pipeline brings
-
-        def known(self, name: str) -> Any: ...
-
     def __init__(self) -> None:
-        self._choices = Request()
+        super().__init__()
         self._progress: dict[str, Any] = {}
         self.deep_cache: DeepCache | None = None
 
-    def _choose(self, **choices: Any) -> None:
-        self._choices = dataclasses.replace(self._choices, **choices)
+    def known(self, name: str) -> Any:
+        """A component, its weights loaded or not; None where it was left out."""
+        return vars(self).get(name)
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Computes attention for some of the heads at a time, exactly and on any torch.
@@ -84,11 +79,11 @@ class Switches:
         Raises:
             InputError: an interval below 1, a branch that the UNet does not have, a start outside of 0..1.
         """
-        most = self.known("unet").deep_branches - 1
+        most = len(self.known("unet").output_stages) - 2
         self.deep_cache = DeepCache(
-            arguments.integer("interval", interval, least=1),
-            arguments.integer("branch", branch, least=0, most=most),
-            arguments.number("start", start, least=0.0, most=1.0),
+            validation.integer("interval", interval, least=1),
+            validation.integer("branch", branch, least=0, most=most),
+            validation.number("start", start, least=0.0, most=1.0),
         )
 
     def disable_deep_cache(self) -> None:
@@ -101,6 +96,11 @@ class Switches:
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """The bar that shows the steps of a call: a tqdm over ``iterable`` or with ``total`` steps."""
+        from tqdm.auto import tqdm
+
         if (iterable is None) == (total is None):
             raise ArgumentTypeError("progress_bar takes either an iterable or a total")
-        return tqdm(iterable, total=total, **self._progress)
+        options = self._progress
+        if sys.stderr is None and options.get("file") is None:  # as under pythonw: there is nothing to write to
+            options = {**options, "disable": True}
+        return tqdm(iterable, total=total, **options)

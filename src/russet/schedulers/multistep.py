@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from russet.random_streams import Noise
+from russet.rng import Noise
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Points, Steps, pairs, plus
 

@@ -122,12 +122,16 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 class DPMSolverSDEScheduler(VarianceExploding, keys=(*K_DIFFUSION, "noise_sampler_seed"), order=2, **SD):
     """DPM-Solver++ (SDE) with the noise of one Brownian path per image: "DPM++ SDE"."""
 
+    noise_in_float32 = True
+
     def solver(self, steps: int, **options: Any) -> Solver:
         return partial(solvers.dpmpp_sde, at=self.point_of, seed=self.key("noise_sampler_seed"))
 
 
 class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP, spare=1, takes_variance_noise=True):
     """DPM-Solver and DPM-Solver++ that remember, 1M to 3M, and their SDE forms (arXiv:2206.00927, 2211.01095)."""
+
+    noise_in_float32 = True
 
     def solver(self, steps: int, **options: Any) -> Solver:
         order, lowered = self.key("solver_order"), self.key("lower_order_final") and steps < SHORT
@@ -143,6 +147,8 @@ class DPMSolverSinglestepScheduler(
     DPMSolverMultistepScheduler, keys=DPM, lower_order_final=False, takes_variance_noise=False
 ):
     """DPM-Solver and DPM-Solver++ in groups of steps that remember nothing of each other: "DPM++ 2S"."""
+
+    noise_in_float32 = False
 
     def solver(self, steps: int, **options: Any) -> Solver:
         order, zero = self.key("solver_order"), self.key("final_sigmas_type") == "zero"

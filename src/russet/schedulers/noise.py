@@ -61,7 +61,7 @@ class CosineTable(Table):
     def __init__(self) -> None:
         self.sigmas, self.last = np.tan(np.linspace(0.0, 1.0, 1001)[:-1] * math.pi / 2), 1.0
         self.alphas_cumprod = torch.from_numpy(1 / (1 + self.sigmas**2)).float()
-        self.betas = 1 - self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+        self.betas = 1 - self.alphas_cumprod / torch.cat([torch.ones(1, device="cpu"), self.alphas_cumprod[:-1]])
 
     def sigma(self, t: float) -> float:
         return min(math.tan(t * math.pi / 2), 2.0**12)  # at t = 1 there is nothing but noise; kept finite
@@ -74,18 +74,18 @@ def betas_of(config: SchedulerConfig) -> Tensor:
     """The betas [T] that a config describes, float32."""
     steps, start, end = config.num_train_timesteps, config.key("beta_start"), config.key("beta_end")
     if config.key("trained_betas") is not None:
-        return torch.tensor(config.key("trained_betas"), dtype=torch.float32)
+        return torch.tensor(config.key("trained_betas"), dtype=torch.float32, device="cpu")
     if config.key("beta_schedule") == "squaredcos_cap_v2":
         return cosine_betas(steps)
     if config.key("beta_schedule") == "scaled_linear":
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
-    return torch.linspace(start, end, steps, dtype=torch.float32)
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32, device="cpu") ** 2
+    return torch.linspace(start, end, steps, dtype=torch.float32, device="cpu")
 
 
 def cosine_betas(steps: int) -> Tensor:
     """Betas whose running product of 1 - beta is a squared cosine (arXiv:2102.09672, equation 17); none above 0.999."""
     bars = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-    return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)])
+    return torch.tensor([min(1 - after / before, 0.999) for before, after in itertools.pairwise(bars)], device="cpu")
 
 
 def rescaled_to_zero_snr(betas: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from russet.errors import InputError
-from russet.random_streams import Noise
+from russet.rng import Noise
 from russet.schedulers.noise import Point
 from russet.schedulers.solvers import Solver
 

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from russet import arguments
+from russet import validation
 from russet.config import field_types
 from russet.errors import InputError, UnsupportedArgument
-from russet.random_streams import Noise, draw
+from russet.rng import Noise, draw
 from russet.schedulers.schedule import Run, Schedule, of_unit_variance
-from russet.schedulers.timetable import Timetable
+from russet.schedulers.schedule_builder import Timetable
+from russet.schedulers.schedule_tensor import ScheduleTensor
 
 Times = float | Sequence[float] | Tensor
 
@@ -35,17 +36,19 @@ class Scheduler(Timetable):
     """A scheduler as Diffusers' programs use it. The attributes and methods have Diffusers' names and meanings.
 
     timesteps: what the model is told, call by call. sigmas: the noise level of each call, and last that of the end.
-    betas, alphas_cumprod: [T] float32. init_noise_sigma: what standard normal noise is multiplied with to start from.
+    betas, alphas_cumprod: [T] float32. All are ``ScheduleTensor``s, except timesteps that were put on a device.
+    init_noise_sigma: what standard normal noise is multiplied with to start from.
     begin_index, step_index: the call that the run begins at, and the one to come.
     """
 
     takes_variance_noise: ClassVar[bool] = False
+    noise_in_float32: ClassVar[bool] = False  # the steps' noise, whatever the model's precision; as Diffusers has it
 
     def __init__(self, config: Mapping[str, Any] | None = None, **changes: Any):
         super().__init__(config, **changes)
-        self.betas, self.alphas_cumprod = self.table.betas, self.table.alphas_cumprod
-        self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
-        self.sigmas = torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0])
+        self.betas, self.alphas_cumprod = map(ScheduleTensor.of, (self.table.betas, self.table.alphas_cumprod))
+        self.timesteps = ScheduleTensor.of(torch.arange(self.config.num_train_timesteps - 1, -1, -1, device="cpu"))
+        self.sigmas = ScheduleTensor.of(torch.tensor([*self.table.sigmas[::-1].tolist(), 0.0], device="cpu"))
         self.init_noise_sigma = self.initial_sigma(float(self.table.sigmas[-1]))
         self.num_inference_steps: int | None = None
         self._plan: Schedule | None = None
@@ -59,6 +62,11 @@ class Scheduler(Timetable):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+    def __repr__(self) -> str:
+        steps = "" if self.num_inference_steps is None else f", {self.num_inference_steps} steps"
+        kind = self.config.get("prediction_type", "epsilon")
+        return f"<{type(self).__name__}: predicts {kind}{steps}>"
 
     @property
     def compatibles(self) -> list[type[Timetable]]:
@@ -78,17 +86,19 @@ class Scheduler(Timetable):
         **unknown: Any,
     ) -> None:
         """Lays out the next run; see ``schedule``. ``timesteps`` [calls] is put on the device."""
-        arguments.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
+        validation.refuse_unknown(unknown, {}, f"{type(self).__name__}.set_timesteps()")
         plan = self.schedule(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._plan = plan
-        self.timesteps = torch.tensor(plan.timesteps, dtype=torch.int64 if self.whole else torch.float32).to(device)
-        self.sigmas = torch.tensor([*(call.sigma for call in plan.calls), plan.end.sigma])
+        kind = torch.int64 if self.whole else torch.float32
+        self.timesteps = ScheduleTensor.of(torch.tensor(plan.timesteps, dtype=kind, device="cpu").to(device))
+        sigmas = [*(call.sigma for call in plan.calls), plan.end.sigma]
+        self.sigmas = ScheduleTensor.of(torch.tensor(sigmas, device="cpu"))
         self.init_noise_sigma, self.num_inference_steps = plan.init_noise_sigma, len(plan.points)
         self._forget()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says that the run begins at ``timesteps[begin_index]`` (image to image)."""
-        begin_index = arguments.integer("begin_index", begin_index, least=0)
+        begin_index = validation.integer("begin_index", begin_index, least=0)
         self._forget()
         self.begin_index = self.step_index = begin_index
 
@@ -124,9 +134,9 @@ class Scheduler(Timetable):
         Raises:
             InputError: wrong shapes, a timestep that was not asked for, a step before ``set_timesteps``.
         """
-        sample = arguments.batch("sample", sample)
-        output = arguments.batch("model_output", model_output, like=sample)
-        noise = self._noise(sample, generator, variance_noise)
+        sample = validation.batch("sample", sample)
+        output = validation.batch("model_output", model_output, like=sample)
+        noise = self._noise(sample, output.dtype, generator, variance_noise)
         (plan, call), options = self._locate(timestep), self.read_options(options, eta)
         if self._run is None:
             solver, border = self.solver(len(plan.points), **options), self.border(**options)
@@ -165,40 +175,45 @@ class Scheduler(Timetable):
             place = (timestep.data_ptr() - self.timesteps.data_ptr()) // self.timesteps.element_size()
             if 0 <= place < len(told) and timestep.device == self.timesteps.device:
                 return told[place]
-        return float(np.float32(arguments.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
+        return float(np.float32(validation.scalar("a timestep", timestep)))  # as exact as ``timesteps`` is
 
-    def _noise(self, sample: Tensor, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
+    def noise_dtype(self, model: torch.dtype) -> torch.dtype:
+        """The precision that Diffusers draws the steps' noise in, for a model of a precision."""
+        return torch.float32 if self.noise_in_float32 else model
+
+    def _noise(self, sample: Tensor, model: torch.dtype, generator: Any, given: Tensor | None) -> Callable[[], Tensor]:
         """Where this step's noise comes from."""
         if given is None:
-            generators = arguments.generators(generator, len(sample))
-            return lambda: draw(sample.shape, generators, sample.device)
+            generators = validation.generators(generator, len(sample))
+            dtype = self.noise_dtype(model) if generators else torch.float32
+            return lambda: draw(sample.shape, generators, sample.device, dtype)
         if not self.takes_variance_noise:
             raise UnsupportedArgument(f"{type(self).__name__} does not take variance_noise; give a generator")
         if generator is not None:
             raise InputError("give a generator or variance_noise, not both")
-        noise = arguments.batch("variance_noise", given, like=sample).to(sample.device, torch.float32)
+        noise = validation.batch("variance_noise", given, like=sample).to(sample.device, torch.float32)
         return lambda: noise
 
     # -- noise, for training and for starting in the middle
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """Latents [B, C, h, w] with the noise of ``timesteps``, one for all or one for each, in the public form."""
-        image = arguments.batch("original_samples", original_samples)
-        noise = arguments.batch("noise", noise, like=image)
+        image = validation.batch("original_samples", original_samples)
+        noise = validation.batch("noise", noise, like=image)
         return self.border().noisy(image, noise, self._sigmas(timesteps, image))
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Times) -> Tensor:
         """What a v_prediction model should answer for ``sample`` [B, C, h, w] with that noise."""
-        image, noise = arguments.batch("sample", sample), arguments.batch("noise", noise, like=sample)
+        image, noise = validation.batch("sample", sample), validation.batch("noise", noise, like=sample)
         sigmas = self._sigmas(timesteps, image)
         return of_unit_variance(noise.float() - sigmas * image.float(), sigmas).to(image.dtype)
 
     def _sigmas(self, timesteps: Times, like: Tensor) -> Tensor:
         """The noise level of each timestep, [B or 1, 1, 1, 1]."""
-        values = torch.as_tensor(timesteps).flatten().tolist()
+        values = torch.as_tensor(timesteps, device=None if isinstance(timesteps, Tensor) else "cpu").flatten().tolist()
         if len(values) not in (1, len(like)):
             raise InputError(f"there are {len(values)} timesteps for a batch of {len(like)}: give one, or one for each")
-        sigmas = torch.tensor([self._sigma_of(t) for t in values])
+        sigmas = torch.tensor([self._sigma_of(t) for t in values], device="cpu")
         return sigmas.view(-1, *[1] * (like.dim() - 1)).to(like.device)
 
     def _sigma_of(self, t: float) -> float:
@@ -209,5 +224,5 @@ class Scheduler(Timetable):
             for point in (*coming, *(calls[start] for start in self.starts(self._plan))):
                 if point.t == t:
                     return point.sigma
-        arguments.timesteps("timesteps", [t], self.table.last)
+        validation.timesteps("timesteps", [t], self.table.last)
         return self.table.sigma(t)

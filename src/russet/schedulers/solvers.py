@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from torch import Tensor
 
-from russet.random_streams import Noise, Seeds
+from russet.rng import Noise, Seeds
 from russet.schedulers.noise import Point
 
 Points = Sequence[Point]

@@ -1,7 +1,8 @@
 """Known defects of mps, each with the versions that have it, and what it does to an operator's result.
 
-The ids are those of ``russet.devices.bugs`` where that table has the defect too; the ranges are written down here on
-their own, so that a test can hold one table against the other. Sources: the links in that table, and those given below.
+The ids are those of ``russet.hardware.known_bugs`` where that table has the defect too; the ranges are written down
+here on their own, so that a test can hold one table against the other. Sources: the links in that table, and those
+given below.
 
 An effect looks at an operator's arguments before it runs. It raises (a refusal, an abort) or returns what is to be done
 to the result: a function that spoils it in place. Defects of attention are in ``attention``, those of copies and sizes
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from .kernels import Version
 from .rules import ProcessAborted
+from .schema import INDEXING
 from .tensor import mapped
 
 if TYPE_CHECKING:
     from .machine import VirtualMac
 
 ALWAYS: tuple[Version, Version] = ((), ())
+ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "pow", "remainder", "maximum", "minimum")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ DEFECTS = (
     Defect("long-matrix", torch=((2, 7), (2, 14)), chips=("M1", "M2")),  # pytorch#193487, more than 32768 terms
     Defect("channels-last"),
     Defect("strided-linear", torch=((2, 8), (2, 9))),  # pytorch#162779
+    Defect("strided-convolution", torch=((), (2, 14)), macos=((15,), ())),
+    Defect("sliced-channels", torch=((2, 9), ()), macos=((26, 2), ()), chips=("M5",)),
+    Defect("scalar-views", torch=((), (2, 14))),
+    Defect("mixed-operands", macos=((), (15,))),
     Defect("batched-linear", torch=((), (2, 14)), macos=((26,), (27,)), chips=("M1",)),
     Defect("batched-linear-m5", torch=((), (2, 13)), chips=("M5",)),
     Defect("dropped-bias", torch=((), (2, 14)), macos=((26,), (27,)), chips=("M1",)),  # pytorch#188438
@@ -111,6 +118,21 @@ def mangle(out: Tensor) -> None:
     out.copy_(out.flip(-1) * -1 + 1)
 
 
+def seen(mac: VirtualMac, operator: str, tree: Any) -> Any:
+    """Operands as the machine's kernels take them: for a number on the CPU, perhaps the first one of its storage."""
+    if operator not in ARITHMETIC or not mac.has("scalar-views"):
+        return tree
+    return mapped(lambda x: x.as_strided((), (), 0) if x.device.type == "cpu" and x.dim() == 0 else x, tree)
+
+
+def check_one_precision(mac: VirtualMac, operator: str, tensors: list[Tensor]) -> None:
+    """Aborts where floating-point operands differ in precision; numbers without dimensions may."""
+    precisions = {x.dtype for x in tensors if x.dim() > 0 and x.is_floating_point()}
+    if len(precisions) > 1 and operator not in INDEXING and mac.has("mixed-operands"):
+        names = " and ".join(sorted(map(str, precisions)))
+        raise ProcessAborted(f"error: input types of {operator}, {names}, are not broadcast compatible")
+
+
 @effect("empty-baddbmm", "baddbmm")
 def reads_what_it_should_ignore(mac: VirtualMac, a: Arguments) -> Spoil | None:
     if a["beta"] != 0:
@@ -143,6 +165,22 @@ def reads_in_storage_order(mac: VirtualMac, a: Arguments) -> Spoil | None:
     if x.dim() != 4 or x.is_contiguous() or x.stride(1) != 1 or x.shape[1] == 1:
         return None
     misread = x.permute(0, 2, 3, 1).reshape(x.shape)
+    rest = [a[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
+    return lambda out: out.copy_(torch.convolution(misread, a["weight"], a["bias"], *rest))
+
+
+@effect("strided-convolution", "convolution")
+def reads_weights_in_storage_order(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    return None if a["weight"].is_contiguous() else mangle
+
+
+@effect("sliced-channels", "convolution")
+def reads_rows_as_if_they_were_whole(mac: VirtualMac, a: Arguments) -> Spoil | None:
+    """The second row of a batch is taken from right behind the first, where the channels lie that were left out."""
+    x = a["input"]
+    if x.dim() != 4 or len(x) == 1 or not x[0].is_contiguous() or x.stride(0) <= x[0].numel():
+        return None
+    misread = x.as_strided(x.shape, (x[0].numel(), *x[0].stride()), x.storage_offset())
     rest = [a[name] for name in ("stride", "padding", "dilation", "transposed", "output_padding", "groups")]
     return lambda out: out.copy_(torch.convolution(misread, a["weight"], a["bias"], *rest))
 

@@ -72,13 +72,14 @@ class Operators(TorchDispatchMode):
         mac = self.mac
         bound = op.bind(args, kwargs)
         rules.check_operands(tensors)
+        defects.check_one_precision(mac, op.base, tensors)
         self.check_result(op, bound)
         if op.base in INDEXING:
             self.charge_indices(bound)
         if op.base in WAITS or (op.name == "repeat_interleave.Tensor" and bound["output_size"] is None):
             mac.account.sync(op.base)
         spoils = [] if mac.shapes_only else defects.spoilers(mac, op.base, bound)
-        out = self.compute(op, args, kwargs)
+        out = self.compute(op, *defects.seen(mac, op.base, (args, kwargs)))
         for spoil in spoils:
             spoil(out[0] if isinstance(out, tuple) else out)
         if op.base == "native_group_norm" and mac.has("slow-group-norm"):

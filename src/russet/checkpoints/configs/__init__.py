@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from russet.checkpoints import old_configs
 from russet.checkpoints.folder import read_index
+from russet.checkpoints.layouts import old_configs
 from russet.errors import ConfigError
-from russet.smallfiles import read_json
+from russet.file_io import read_json
 
 if TYPE_CHECKING:
-    from russet.tokenizer import CLIPTokenizer
+    from russet.text.tokenizer import CLIPTokenizer
 
 FOLDER = Path(__file__).parent
 VOCABULARY = FOLDER / "tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
@@ -106,7 +106,7 @@ def from_folder(folder: Path) -> Recipe:
 
 def clip_tokenizer(config: Mapping[str, Any] | None = None) -> CLIPTokenizer:
     """CLIP's tokenizer from the bundled vocabulary; ``config`` is its tokenizer_config.json."""
-    from russet.tokenizer import CLIPTokenizer, CLIPTokenizerConfig
+    from russet.text.tokenizer import CLIPTokenizer, CLIPTokenizerConfig
 
     vocab, merges = clip_vocabulary()
     return CLIPTokenizer(vocab, merges, CLIPTokenizerConfig.from_dict(config or {}))

@@ -1,0 +1,1 @@
+"""The CPU: Winograd convolutions, oneDNN, and malloc tuning."""

@@ -1,0 +1,1 @@
+"""Metal: how far the host may run ahead of the device."""

@@ -1,0 +1,1 @@
+"""Weight files of every format: safetensors, and pickles read without running code."""

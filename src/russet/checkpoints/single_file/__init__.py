@@ -1,0 +1,1 @@
+"""A whole model, or one network, in one file."""

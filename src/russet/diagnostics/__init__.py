@@ -1,0 +1,1 @@
+"""Is this machine fit, does it compute rightly, how fast is it."""

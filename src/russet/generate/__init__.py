@@ -1,0 +1,1 @@
+"""From a specification to pictures: guidance, sampling, and handling of overflow."""

@@ -1,0 +1,1 @@
+"""The plan: what to do on a machine, decided by a pure function with reasons."""

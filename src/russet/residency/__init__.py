@@ -1,0 +1,1 @@
+"""Where weights are, in which form networks compute, and what moves them."""
