@@ -341,5 +341,5 @@ def test_the_cache_as_it_is_switched_on_keeps_the_pictures(mini: Any, full: Any,
 
 
 def test_the_last_step_may_go_without_guidance(mini: Any, full: Any, psnr: Any) -> None:
-    # 34.6 dB measured; an interval that leaves guidance out of less than one of 25 steps there is none.
+    # The least that an interval can leave out of 25 steps. 34.6 dB; with the blurrier decoder of before it is 36.1.
     assert psnr(mini(PROMPT, guidance_interval=(0, 0.95), **MINI).images, full) > 34.0
