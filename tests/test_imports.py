@@ -113,7 +113,7 @@ def test_only_the_command_line_prints():
     assert not wrong, "\n".join(wrong)
 
 
-LIGHT_MODULES = ["russet", "russet.errors", "russet.config", "russet.file_io", "russet.images.metadata", "russet.cli"]
+LIGHT_MODULES = ["russet", "russet.errors", "russet.config", "russet.file_io", "russet.images.png", "russet.cli"]
 
 
 @pytest.mark.parametrize("module", LIGHT_MODULES)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from russet.models.norms import ComposedGroupNorm
 from torch import nn
 
 import russet
+from russet.backends.layers import ComposedGroupNorm
 from russet.models.unet import UNet2DConditionModel
 from russet.planning.plan import Plan
 from russet.residency import network as residency

@@ -1,4 +1,4 @@
-"""The command ``russet``: which commands there are, and how each of them ends.
+"""The command ``russet``: which commands there are, and their exit codes.
 
 Exit codes: 0 done, 1 an error, 2 a wrong argument, 130 interrupted by Ctrl-C.
 """
@@ -18,7 +18,7 @@ from russet.errors import InputError, RussetError
 
 
 class Commands(click.Group):
-    """Commands, and a prompt: what is neither a command nor an option of the group is something to draw."""
+    """The commands; a first argument that is neither a command nor an option of the group is a prompt."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(context) for name in parameter.opts}
@@ -34,7 +34,7 @@ class Commands(click.Group):
 )
 @click.version_option(russet.__version__, prog_name="russet", message="%(prog)s %(version)s")
 def app() -> None:
-    """Draws pictures from words with Stable Diffusion.
+    """Generates images from text with Stable Diffusion.
 
     \b
         russet "a photo of an astronaut riding a horse on mars"
@@ -60,8 +60,7 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(words))
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(words: list[str]) -> int:

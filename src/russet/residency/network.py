@@ -130,7 +130,7 @@ class ManagedNetwork:
             mark_loaded(network)
             other: nn.Module = copy.deepcopy(network, memo)
             managed = of(other)
-            managed.source, managed._changed = self.source, self._changed
+            managed.source, managed._changed = copy.deepcopy(self.source, memo), self._changed
             if not self.in_memory and self.handed_out:
                 mark_unloaded(network, self)
             if self._uses:

@@ -12,11 +12,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
 from russet.component import Component
 from russet.config import Config
@@ -24,6 +22,9 @@ from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.text import tokenizer_files
 from russet.text.tokenizer_files import ROLES, Files, content
 from russet.text.tokenizer_head import START, Head, Pieces, heads
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
 
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
@@ -296,6 +297,9 @@ class CLIPTokenizer(Component):
 
 def build(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str) -> Tokenizer:
     """The recipe of the module's docstring around a vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
     try:
         model = BPE(
             vocab=vocab, merges=merges, unk_token=unk, continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD
@@ -326,6 +330,8 @@ def check_unicode(text: str) -> None:
 
 def added_token(token: str | Mapping[str, Any]) -> AddedToken:
     """A special token with its matching rules; one that is only a text is matched as it is written."""
+    from tokenizers import AddedToken
+
     rules = {} if isinstance(token, str) else token
     names = ("lstrip", "rstrip", "single_word", "normalized")
     return AddedToken(content(token), **{name: bool(rules.get(name, False)) for name in names})

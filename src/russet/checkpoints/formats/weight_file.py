@@ -61,7 +61,13 @@ class StoredFile:
         return cls(path, facts.st_size, facts.st_mtime_ns)
 
     def __deepcopy__(self, memo: Any) -> StoredFile:
-        return self
+        """The same file with a mapping of its own: what is written to weights does not reach those of a copy."""
+        other = StoredFile(self.path, self.size, self.changed)
+        with _CHANGING:
+            if self._held is not None:
+                other._held = os.dup(self._held)
+                weakref.finalize(other, os.close, other._held)
+        return other
 
     def __reduce__(self) -> Any:
         return type(self), (self.path, self.size, self.changed)
