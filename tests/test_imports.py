@@ -24,16 +24,17 @@ ALLOWED = {
     "rng": {"errors"},
     "images": ROOT,
     "text": ROOT,
-    "models": ROOT | {"backends"},
+    "models": ROOT,
     "schedulers": ROOT,
     "hardware": ROOT,
     "backends": ROOT | {"models"},
-    "planning": ROOT | {"models", "hardware", "backends"},
+    "passes": ROOT | {"models", "hardware", "backends"},
+    "planning": ROOT | {"models", "hardware", "backends", "passes"},
     "checkpoints": ROOT | {"images", "text", "models", "schedulers"},
     "families": ROOT | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "checkpoints"},
-    "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints"},
+    "residency": ROOT | {"models", "hardware", "backends", "passes", "planning", "checkpoints"},
     "generate": ROOT
-    | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "families", "residency"},
+    | {"images", "text", "models", "schedulers", "hardware", "backends", "passes", "planning", "families", "residency"},
 }
 """Part → the parts that it may import, besides itself. The arrows of CONTRIBUTING.md, from right to left."""
 
