@@ -275,8 +275,9 @@ def test_a_unet_computes_the_same_by_kernels(given, monkeypatch):
 
 @pytest.mark.parametrize("trained", ["conv_shortcut.weight", "conv1.bias", "conv2.bias"])
 def test_what_alone_is_trained_gets_the_gradient_of_pytorch(trained, monkeypatch):
-    from russet.models.resnet import Resnet, ResnetStyle
     from russet.models.spare import Spare
+
+    from russet.models.resnet import Resnet, ResnetStyle
 
     monkeypatch.setattr(ops, "computes", without_its_gradient)
     block = Resnet(40, 80, ResnetStyle(groups=4, eps=1e-5)).to(DEVICE, memory_format=torch.channels_last)
@@ -293,6 +294,7 @@ def test_what_alone_is_trained_gets_the_gradient_of_pytorch(trained, monkeypatch
 
 def test_the_last_bias_of_a_transformer_gets_its_gradient(monkeypatch):
     from russet.models.text import Text
+
     from russet.models.transformer import SpatialTransformer
 
     monkeypatch.setattr(ops, "computes", without_its_gradient)

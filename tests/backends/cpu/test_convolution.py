@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from russet.backends.cpu.ops import OnCPU, few
+from russet.models.linears import OneDNNLinear, OneDNNPointwise, set_linears
 from torch import nn
 
 from russet.backends.cpu import onednn
-from russet.backends.cpu.ops import OnCPU, few
 from russet.backends.ops import PLAIN
 from russet.hardware.facts import read_facts
-from russet.models.linears import OneDNNLinear, OneDNNPointwise, set_linears
 from russet.models.transformer import Pointwise
 from russet.models.unet import UNet2DConditionModel
 
