@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from russet.models.norms import ComposedGroupNorm
 from torch import nn
 
 from russet import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
@@ -17,7 +18,6 @@ from russet.hardware.facts import mac as written_mac
 from russet.hardware.facts import read_facts
 from russet.models.attention import chunked, upcast
 from russet.models.clip_text import CLIPTextModel
-from russet.models.norms import ComposedGroupNorm
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
 from russet.text.tokenizer import CLIPTokenizer

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-import russet
 from russet.backends.cpu.ops import OnCPU
 from russet.models.linears import OneDNNLinear
+
+import russet
 from russet.text.tokenizer import CLIPTokenizer
 
 PROMPT = "a photo of an astronaut riding a horse on mars"

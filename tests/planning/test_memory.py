@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from russet.backends.cpu.ops import OnCPU
+from russet.models.norms import set_norms
 
 from russet.backends.cpu import winograd_heuristics
-from russet.backends.cpu.ops import OnCPU
 from russet.checkpoints.load_state_dict import build
 from russet.errors import ConfigError, InputError
 from russet.hardware.facts import mac, parse_version
 from russet.models.attention import HAS_SDPA, chunked, fused, padded, sliced, upcast
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
-from russet.models.norms import set_norms
 from russet.models.safety_checker import StableDiffusionSafetyChecker
 from russet.models.tiny_vae import AutoencoderTiny
 from russet.models.unet import UNet2DConditionModel

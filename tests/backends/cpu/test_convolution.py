@@ -1,21 +1,30 @@
-"""The CPU's steps and linear layers against PyTorch's own."""
+"""The CPU's convolutions and linear layers against PyTorch's own."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from russet.backends.cpu.ops import OnCPU, few
-from russet.models.linears import OneDNNLinear, OneDNNPointwise, set_linears
 from torch import nn
+from torch.nn import functional as F
 
+from russet import passes
 from russet.backends.cpu import onednn
-from russet.backends.ops import PLAIN
+from russet.backends.cpu.convolution import CpuConv2d, WinogradUpsample
+from russet.backends.cpu.linear import OneDNNLinear, OneDNNTokenProjection
 from russet.hardware.facts import read_facts
-from russet.models.transformer import Pointwise
+from russet.models.resnet import Upsample2D
+from russet.models.transformer import TokenProjection
 from russet.models.unet import UNet2DConditionModel
+from russet.passes.base import Choices
 
-needs_onednn = pytest.mark.skipif(not read_facts("cpu").onednn, reason="this PyTorch has no oneDNN operation")
-WAYS = [OnCPU(by_onednn=False), pytest.param(OnCPU(), marks=needs_onednn)]
+HAS_ONEDNN = read_facts("cpu").onednn
+needs_onednn = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch has no oneDNN operation")
+WAYS = [
+    pytest.param({"winograd": True}, id="winograd"),
+    pytest.param({"winograd": True, "onednn_linear": True}, id="both", marks=needs_onednn),
+]
 
 
 def made(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,44 +32,49 @@ def made(*shape: int, seed: int = 0) -> torch.Tensor:
     return numbers.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else numbers
 
 
-@pytest.mark.parametrize("steps", WAYS, ids=str)
+def on_cpu(network: nn.Module, **values: bool) -> nn.Module:
+    """A copy of layers as the passes for a CPU change them."""
+    changed = copy.deepcopy(network)
+    passes.apply(changed, "unet", Choices({**passes.OFF, **values}, rows=2))
+    return changed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [None, 1, "all", "whole"])
 @pytest.mark.parametrize("size", [3, 1])
-def test_convolutions_are_those_of_pytorch(steps, bias, rows, size):
+def test_convolutions_are_those_of_pytorch(way, bias, size):
     x, conv = made(2, 128, 32, 32), nn.Conv2d(128, 96, size, padding=size // 2, bias=bias)
-    assert size == 1 or steps.filters(x.detach(), conv.requires_grad_(False), 32, 32)
-    shift = None if rows is None else made(1 if rows == 1 else 2, 96, seed=1)
-    with torch.no_grad():
-        expected, rest = PLAIN.convolved(x, conv, shift, whole=rows == "whole")
-        assert rest is None
-        found, rest = steps.convolved(x, conv, shift, whole=rows == "whole")
-        assert rest is None
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    changed = on_cpu(nn.Sequential(conv), **way)[0]
+    assert type(changed) is CpuConv2d
+    assert size == 1 or changed.filters(x, 32, 32)
+    found = changed(x)
+    torch.testing.assert_close(found, conv(x), rtol=1e-4, atol=1e-4)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_onednn
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [None, 1, "all", "whole"])
-def test_convolutions_of_few_places_are_those_of_pytorch(bias, rows):
+def test_convolutions_of_few_positions_are_those_of_pytorch(bias):
     x, conv = made(2, 128, 7, 5), nn.Conv2d(128, 160, 3, padding=1, bias=bias).to(memory_format=torch.channels_last)
-    assert few(x, conv)
-    assert not few(made(2, 128, 16, 16), conv)
-    assert not few(made(2, 128, 7, 5), nn.Conv2d(128, 4, 3, padding=1))
-    shift = None if rows is None else made(1 if rows == 1 else 2, 160, seed=1)
-    expected, _ = PLAIN.convolved(x, conv, shift, whole=rows == "whole")
-    found, rest = OnCPU().convolved(x, conv, shift, whole=rows == "whole")
-    assert rest is None
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    changed = on_cpu(nn.Sequential(conv), onednn_linear=True)[0]
+    assert changed._few(x)
+    assert not changed._few(made(2, 128, 16, 16))
+    assert not on_cpu(nn.Sequential(nn.Conv2d(128, 4, 3, padding=1)), onednn_linear=True)[0]._few(x)
+    found = changed(x)
+    torch.testing.assert_close(found, conv(x), rtol=1e-4, atol=1e-4)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def test_doubled_maps_are_those_of_pytorch():
-    x, conv = made(1, 128, 16, 24), nn.Conv2d(128, 128, 3, padding=1)
-    torch.testing.assert_close(OnCPU().doubled(x, conv), PLAIN.doubled(x, conv), rtol=1e-4, atol=1e-4)
+def test_upsampled_maps_are_those_of_pytorch():
+    x, layer = made(1, 128, 16, 24), Upsample2D(128)
+    changed = on_cpu(nn.Sequential(layer), winograd=True)[0]
+    assert type(changed) is WinogradUpsample
+    assert changed.conv.filters(x, 32, 48)
+    torch.testing.assert_close(changed(x), layer(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(changed(x, (31, 48)), layer(x, (31, 48)), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -71,32 +85,49 @@ def test_doubled_maps_are_those_of_pytorch():
         nn.Conv2d(128, 128, 3, padding=2, dilation=2),
         nn.Conv2d(128, 128, 3, padding=1, groups=2),
         nn.Conv2d(128, 128, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(128, 128, 1, groups=2),
         nn.Conv2d(128, 128, 3),
     ],
     ids=str,
 )
 def test_other_convolutions_are_left_to_pytorch(conv):
-    x = made(1, 128, 32, 32)
-    assert not OnCPU().filters(x, conv, 32, 32)
-    assert torch.equal(OnCPU().convolved(x, conv)[0], PLAIN.convolved(x, conv)[0])
+    changed = on_cpu(nn.Sequential(conv), winograd=True, onednn_linear=HAS_ONEDNN)[0]
+    for x in (made(1, 128, 32, 32), made(1, 128, 7, 5)):
+        torch.testing.assert_close(changed(x), conv(x), rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
-def test_a_watched_convolution_is_called():
-    x, conv, seen = made(1, 128, 32, 32), nn.Conv2d(128, 128, 3, padding=1), []
-    conv.register_forward_hook(lambda *_: seen.append(True))
-    OnCPU().convolved(x, conv)
+def test_an_upsampler_that_tiles_is_left_to_pytorch():
+    x, layer = made(1, 128, 16, 24), Upsample2D(128)
+    layer.conv.padding_mode = "circular"
+    changed = on_cpu(nn.Sequential(layer), winograd=True)[0]
+    torch.testing.assert_close(changed(x), layer(x))
+    later = on_cpu(nn.Sequential(Upsample2D(128)), winograd=True)[0]
+    later.conv.padding_mode = "circular"
+    torch.testing.assert_close(
+        later(x), F.conv2d(F.pad(F.interpolate(x, scale_factor=2.0), (1, 1, 1, 1), mode="circular"), later.conv.weight,
+                           later.conv.bias),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_hooked_convolution_is_called():
+    x, conv, seen = made(1, 128, 32, 32), nn.Sequential(nn.Conv2d(128, 128, 3, padding=1)), []
+    changed = on_cpu(conv, winograd=True)
+    changed[0].register_forward_hook(lambda *_: seen.append(True))
+    changed(x)
     assert seen
 
 
-def test_where_a_gradient_is_wanted_it_comes_from_pytorch():
-    x, conv = made(1, 128, 32, 32), nn.Conv2d(128, 128, 3, padding=1)
-    OnCPU().convolved(x, conv)[0].sum().backward()
-    assert conv.weight.grad is not None
-    layer = nn.Linear(8, 8)
-    set_linears([layer], "onednn")
-    layer(made(3, 8)).sum().backward()
-    assert layer.weight.grad is not None
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_where_a_gradient_is_wanted_it_comes_from_pytorch(trained):
+    for layer, x in ((nn.Conv2d(128, 128, 3, padding=1), made(1, 128, 32, 32)), (nn.Linear(8, 8), made(3, 8))):
+        network = nn.Sequential(layer.requires_grad_(False))
+        passes.apply(network, "unet", Choices({**passes.OFF, "winograd": True, "onednn_linear": HAS_ONEDNN}, rows=1))
+        assert type(layer) in (CpuConv2d, OneDNNLinear) or not HAS_ONEDNN
+        layer.get_parameter(trained).requires_grad_()
+        network(x).sum().backward()
+        assert layer.get_parameter(trained).grad is not None
 
 
 @needs_onednn
@@ -118,11 +149,11 @@ def test_layers_take_another_class_and_their_own_again():
     class Somebodys(nn.Linear):
         pass
 
-    layers = [nn.Linear(2, 2), Pointwise(2, 2), Somebodys(2, 2), nn.Conv2d(2, 2, 1)]
+    layers = nn.ModuleList([nn.Linear(2, 2), TokenProjection(2, 2), Somebodys(2, 2), nn.Embedding(2, 2)])
     own = [type(layer) for layer in layers]
-    set_linears(layers, "onednn")
-    assert [type(layer) for layer in layers] == [OneDNNLinear, OneDNNPointwise, Somebodys, nn.Conv2d]
-    set_linears(layers, "native")
+    changes = passes.apply(layers, "text_encoder", Choices({**passes.OFF, "onednn_linear": True}, rows=1))
+    assert [type(layer) for layer in layers] == [OneDNNLinear, OneDNNTokenProjection, Somebodys, nn.Embedding]
+    changes.undo()
     assert [type(layer) for layer in layers] == own
 
 
@@ -139,8 +170,7 @@ def test_a_unet_answers_the_same_to_much_more_than_fifty_decibels():
     )
     x, text = made(2, 4, 36, 28), made(2, 9, 16, seed=1)
     plain = unet(x, 400.0, text).sample
-    unet.set_elementwise(OnCPU(by_onednn=read_facts("cpu").onednn))
-    set_linears(unet.modules(), "onednn" if read_facts("cpu").onednn else "native")
+    passes.apply(unet, "unet", Choices({**passes.OFF, "winograd": True, "onednn_linear": HAS_ONEDNN}, rows=2))
     fast = unet(x, 400.0, text).sample
     assert not torch.equal(fast, plain)
     noise = (fast - plain).pow(2).mean() / plain.pow(2).mean()
