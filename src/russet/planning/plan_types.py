@@ -157,11 +157,17 @@ class Request:
 
     def _dtypes(self) -> dict[str, str]:
         given = dict.fromkeys(COMPONENTS, self.dtype) if isinstance(self.dtype, str) else dict(self.dtype or {})
+        given = {decided_as(name): dtype for name, dtype in given.items()}
         for name, dtype in given.items():
             if name not in COMPONENTS or dtype not in DTYPES:
                 options = f"{', '.join(DTYPES)} for one of {', '.join(COMPONENTS)}"
                 raise InputError(f"a dtype is one of {options}, not {dtype!r} for {name!r}")
         return {name: str(dtype) for name, dtype in given.items()}
+
+
+def decided_as(component: str) -> str:
+    """The component whose decisions hold for this one: XL's two text encoders are decided about together."""
+    return "text_encoder" if component == "text_encoder_2" else component
 
 
 def check_count(name: str, value: Any, otherwise: str = "") -> None:
@@ -210,7 +216,7 @@ class Decisions:
 
     def dtype(self, component: str) -> str:
         """The torch dtype's name for ``"text_encoder"``, ``"unet"``, ``"vae"`` or ``"safety_checker"``."""
-        return cast(str, self[f"dtype.{component}"])
+        return cast(str, self[f"dtype.{decided_as(component)}"])
 
     def width(self, component: str) -> int:
         """Bytes of one number in a component."""
@@ -218,7 +224,7 @@ class Decisions:
 
     def attention(self, component: str) -> AttentionChoice:
         """The attention for ``"text_encoder"``, ``"unet"`` or ``"vae"``."""
-        return cast(AttentionChoice, self[f"attention.{component}"])
+        return cast(AttentionChoice, self[f"attention.{decided_as(component)}"])
 
     @property
     def micro_batch(self) -> int:
