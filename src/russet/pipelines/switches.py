@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-
 from russet import validation
 from russet.errors import ArgumentTypeError
 from russet.generate.deep_cache import DeepCache
