@@ -16,8 +16,7 @@ from russet.generate.guidance import Guidance
 from russet.generate.overflow import CHECK_EVERY, Fallback, FiniteMonitor, Snapshot
 from russet.residency.form import Precision
 from russet.rng import NoiseSource
-from russet.schedulers.schedule import Run as Passage
-from russet.schedulers.schedule import Schedule
+from russet.schedulers.schedule import Passage, Schedule
 
 Build = Callable[[Conditioning, Guidance], Predict]
 AtWork = Callable[[str, "Precision | None"], AbstractContextManager[Any]]
