@@ -13,7 +13,7 @@ from russet.errors import CheckpointError, RussetError
 
 
 @contextlib.contextmanager
-def staged(folder: Path, nbytes: int) -> Iterator[Path]:
+def atomic_directory(folder: Path, nbytes: int) -> Iterator[Path]:
     """A folder to write into; when the block ends, its files replace those of the same names in ``folder``.
 
     If anything fails, Ctrl-C included, ``folder`` is as it was before.

@@ -13,8 +13,14 @@ from typing import Any
 
 from russet.checkpoints.formats import pickles
 from russet.checkpoints.formats.pickles import Inert, unpickle
-from russet.checkpoints.formats.tensor_source import ITEM_SIZES, RANK_LIMIT, TORCH_NAMES, StoredTensor, row_major
-from russet.checkpoints.formats.weight_file import StoredFile
+from russet.checkpoints.formats.tensor_source import (
+    ITEM_SIZES,
+    RANK_LIMIT,
+    TORCH_NAMES,
+    StoredFile,
+    StoredTensor,
+    row_major,
+)
 from russet.checkpoints.formats.zips import place, read_directory
 from russet.errors import CorruptFile
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from russet.checkpoints.formats.weight_file import StoredFile
+from russet.checkpoints.formats.tensor_source import StoredFile
 from russet.errors import CorruptFile
 
 DIRECTORY_LIMIT = 16 << 20  # bytes of the table of contents; that of a full SDXL .ckpt has 0.3 MB
