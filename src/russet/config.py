@@ -62,8 +62,8 @@ class Config(Mapping[str, Any]):
         known = field_types(cls)
         fields = {key: value for key, value in data.items() if key in known}
         extra = {key: value for key, value in data.items() if key not in known}
-        if odd := [key for key, value in extra.items() if not key.startswith("_") and value is not None]:
-            log.info("%s: keys kept but not used: %s", where or cls.__name__, ", ".join(sorted(odd)))
+        if unused := [key for key, value in extra.items() if not key.startswith("_") and value is not None]:
+            log.info("%s: keys kept but not used: %s", where or cls.__name__, ", ".join(sorted(unused)))
         try:
             return cls(**fields, extra=extra)
         except ConfigError as error:

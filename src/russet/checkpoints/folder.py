@@ -118,11 +118,7 @@ COMPONENTS = (
 
 
 def find_class(name: str, where: str) -> ClassEntry:
-    """The entry of a class name; ``where`` says in errors who asks for it.
-
-    Raises:
-        ConfigError: Russet has no such class.
-    """
+    """The entry of a class name; ConfigError if Russet has no such class, with ``where`` it was named."""
     entry = CLASSES.get(ALIASES.get(name, name))
     if entry is None:
         known = ", ".join(sorted(CLASSES))
@@ -131,11 +127,7 @@ def find_class(name: str, where: str) -> ClassEntry:
 
 
 def entry_of(cls: type[Any]) -> ClassEntry:
-    """The entry of one of Russet's classes, or of a subclass of one.
-
-    Raises:
-        ConfigError: it is neither.
-    """
+    """The entry of one of Russet's classes, or of a subclass of one; ConfigError if it is neither."""
     for base in cls.__mro__:
         if base.__module__.startswith("russet.") and base.__name__ in CLASSES:
             return CLASSES[base.__name__]
@@ -164,11 +156,7 @@ class PipelineIndex:
     where: str
 
     def entries(self, skipped: Collection[str]) -> dict[str, ClassEntry]:
-        """The components to be loaded, with their classes; ``skipped`` are provided by the caller.
-
-        Raises:
-            ConfigError: a class that Russet does not have.
-        """
+        """The components to be loaded, with their classes; ``skipped`` are provided by the caller."""
         wanted = {part: name for part, name in self.parts.items() if name is not None and part not in skipped}
         return {part: find_class(name, f"{self.where}, {part}") for part, name in wanted.items()}
 

@@ -11,7 +11,7 @@ from russet.checkpoints import folder
 from russet.checkpoints.arguments import Options, locate
 from russet.checkpoints.folder import CLASSES, ClassEntry
 from russet.checkpoints.formats.tensor_source import TORCH_NAMES, StoredTensor
-from russet.checkpoints.formats.weight_files import Weights, choose_weight_files, open_chosen, variants_of
+from russet.checkpoints.formats.weight_files import Weights, choose_weight_files, variants_of
 from russet.checkpoints.inspect_report import EMA, CheckpointReport, LoraReport, PartReport
 from russet.checkpoints.layouts import detection, ldm_keys, lora_names
 from russet.checkpoints.layouts.detection import FileKind, recognise
@@ -84,11 +84,11 @@ def lora_report(shapes: Shapes, kind: FileKind) -> LoraReport:
     """What a LoRA changes, compared with the layers of the model that it was made for."""
     from russet.checkpoints.layouts import lora_layers
 
-    found, odd = lora_names.changes(shapes)
+    found, unclear = lora_names.changes(shapes)
     layers: dict[str, set[str]] = {}
     for change in found:
         layers.setdefault(change.network, set()).add(change.layer)
-    unknown = (*odd, *lora_layers.unknown_layers(found, kind.family)) if kind.family else None
+    unknown = (*unclear, *lora_layers.unknown_layers(found, kind.family)) if kind.family else None
     counts = {network: len(names) for network, names in layers.items()}
     return LoraReport(kind.detail, lora_names.ranks(found), counts, detection.FAMILIES.get(kind.family, ""), unknown)
 
@@ -109,8 +109,8 @@ def inspect_pipeline(place: Path) -> CheckpointReport:
             weights, variants = folder_weights(place / name, entry)
             parts.append(part_report(name, weights.tensors.values(), variants))
             if name == "unet":
-                found_kind = recognise(weights.shapes)
-                kind = dataclasses.replace(kind, family=found_kind.family, task=found_kind.task)
+                detected = recognise(weights.shapes)
+                kind = dataclasses.replace(kind, family=detected.family, task=detected.task)
     meaning = found.get("scheduler", {}).get("prediction_type", "epsilon")
     return CheckpointReport(
         str(place),
@@ -150,7 +150,7 @@ def folder_weights(place: Path, entry: ClassEntry) -> tuple[Weights, tuple[str, 
         files = choose_weight_files(names, entry.stems, None, None, str(place))
     except MissingFile:
         files = choose_weight_files(names, entry.stems, variants[0] if variants else None, None, str(place))
-    return open_chosen(place, files), variants
+    return files.open(place), variants
 
 
 def disk_size(place: Path) -> int:

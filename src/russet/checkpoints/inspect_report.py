@@ -123,7 +123,7 @@ def listed(names: tuple[str, ...]) -> str:
 
 
 def printable(text: str) -> str:
-    """A stranger's text without what would act on a terminal."""
+    """Text from a file without the characters that control a terminal."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 

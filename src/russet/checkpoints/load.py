@@ -22,7 +22,7 @@ from russet.checkpoints.arguments import Options, Precision, locate, precision_o
 from russet.checkpoints.folder import COMPONENTS, ClassEntry, entry_of
 from russet.checkpoints.formats import tensor_source
 from russet.checkpoints.formats.tensor_source import TensorSource
-from russet.checkpoints.formats.weight_files import WeightFiles, check_variant, choose_weight_files, open_chosen
+from russet.checkpoints.formats.weight_files import WeightFiles, check_variant, choose_weight_files
 from russet.checkpoints.layouts import old_checkpoints
 from russet.checkpoints.load_state_dict import build, check, load_state_dict
 from russet.errors import ArgumentTypeError, ConfigError, MissingFile, UnsafeFile, UnsupportedArgument
@@ -55,16 +55,12 @@ class PendingWeights:
         repair: bool = False,
         dtype: torch.dtype | None = None,
     ) -> PendingWeights:
-        """Makes a component from its folder; of a model's weights only the headers are read.
+        """Makes a component from its folder ``place``; of a model's weights only the headers are read.
 
         Args:
             target: the class to make: that of ``entry`` or a subclass.
             repair: whether known faults of old configs are repaired.
             dtype: of a model's parameters until its weights are read.
-
-        Raises:
-            ConfigError: the config cannot be built, or is that of another class.
-            CheckpointError: files are missing, damaged or unsafe, or do not fit the config.
         """
         if entry.kind in ("tokenizer", "processor"):
             return cls(target.from_files(place), str(place))
@@ -79,7 +75,7 @@ class PendingWeights:
             return cls(target(config), str(place))
         names = {path.name for path in place.iterdir()}
         files = choose_weight_files(names, entry.stems, options.variant, options.use_safetensors, str(place))
-        weights = open_chosen(place, files)
+        weights = files.open(place)
         try:
             model = build(target, config, limit=len(weights.tensors) + EXTRA_TENSORS, dtype=dtype)
         except ConfigError as error:

@@ -215,7 +215,7 @@ def is_finite(value: torch.Tensor) -> bool:
 
     The highest bit of an exponent is set from 2 on, which few weights reach. Where it is set nowhere, one pass is
     enough; else NaN and infinity show in the largest integer of each sign. By numpy, because torch would start further
-    threads in each of ours, and because torch 1.13 has no maximum of half precision.
+    threads in each reading thread, and because torch 1.13 has no maximum of half precision.
     """
     if not value.is_floating_point() or value.numel() == 0:
         return True

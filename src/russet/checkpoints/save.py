@@ -54,12 +54,12 @@ def pipeline(
     for part in components:
         data[part] = [entries[part].library, entries[part].name] if part in entries else [None, None]
     goal = _folder(folder)
-    with atomic_directory(goal, sum(_size(value) for value in components.values())) as stage:
+    with atomic_directory(goal, sum(_size(value) for value in components.values())) as temporary:
         for part, entry in entries.items():
-            (stage / part).mkdir()
-            _write(components[part], entry, stage / part, settings)
-        write_json(stage / INDEX, data)
-        written = {part: _names(stage / part) for part in entries}
+            (temporary / part).mkdir()
+            _write(components[part], entry, temporary / part, settings)
+        write_json(temporary / INDEX, data)
+        written = {part: _names(temporary / part) for part in entries}
     for part, entry in entries.items():
         _tidy(goal / part, entry, variant, written[part])
 
@@ -76,9 +76,9 @@ def component(
     settings = _Settings(variant, read_size(max_shard_size), safe_serialization)
     entry = entry_of(type(part))
     goal = _folder(folder)
-    with atomic_directory(goal, _size(part)) as stage:
-        _write(part, entry, stage, settings)
-        written = _names(stage)
+    with atomic_directory(goal, _size(part)) as temporary:
+        _write(part, entry, temporary, settings)
+        written = _names(temporary)
     _tidy(goal, entry, variant, written)
 
 

@@ -41,8 +41,8 @@ def ldm(**params: Any) -> dict[str, Any]:
         (XL, {}, "epsilon"),
         (FileKind("checkpoint", "sd2", "inpaint"), {}, "epsilon"),
         (SD2, {}, None),
-        (SD2, {"asked": "epsilon"}, "epsilon"),
-        (SD2, {"asked": "v_prediction", "sidecar": ldm()}, "v_prediction"),
+        (SD2, {"requested": "epsilon"}, "epsilon"),
+        (SD2, {"requested": "v_prediction", "sidecar": ldm()}, "v_prediction"),
         (SD2, {"sidecar": ldm(parameterization="v")}, "v_prediction"),
         (SD2, {"sidecar": ldm()}, "epsilon"),
         (SD2, {"sidecar": sgm("VScaling")}, "v_prediction"),
@@ -65,9 +65,9 @@ def ldm(**params: Any) -> dict[str, Any]:
     ],
 )
 def test_the_evidence_is_weighed_in_order(kind: FileKind, evidence: dict[str, Any], meaning: str | None) -> None:
-    told = decide_prediction(kind, **evidence)
-    assert told.meaning == meaning
-    assert told.why
+    found = decide_prediction(kind, **evidence)
+    assert found.meaning == meaning
+    assert found.why
 
 
 def test_yaml_is_read_as_plain_text_and_bounded(tmp_path: Path) -> None:

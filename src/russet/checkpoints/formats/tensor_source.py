@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # By the names that the safetensors format gives to types: torch's name, bytes per element. A type that the installed
 # torch lacks is refused when a tensor of it is read.
-DTYPES = {
+TYPES = {
     "BOOL": ("bool", 1),
     "U8": ("uint8", 1),
     "I8": ("int8", 1),
@@ -48,8 +48,8 @@ DTYPES = {
     "F64": ("float64", 8),
     "C64": ("complex64", 8),
 }
-TORCH_NAMES = {name: torch_name for name, (torch_name, _) in DTYPES.items()}
-ITEM_SIZES = {name: size for name, (_, size) in DTYPES.items()}
+TORCH_NAMES = {name: torch_name for name, (torch_name, _) in TYPES.items()}
+ITEM_SIZES = {name: size for name, (_, size) in TYPES.items()}
 
 RANK_LIMIT = 8  # dimensions of a tensor; convolution weights have four
 CHUNK = 1 << 20  # bytes read at a time
@@ -90,12 +90,7 @@ class StoredFile:
 
     @classmethod
     def at(cls, path: Path) -> StoredFile:
-        """Takes size and time without opening the file: opening a pipe or a device may have effects, or block.
-
-        Raises:
-            MissingFile: nothing is there.
-            CorruptFile: a folder or something else that is not a file is there.
-        """
+        """Takes size and time without opening the file: opening a pipe or a device may have effects, or block."""
         try:
             facts = path.stat()
         except (OSError, ValueError) as error:
@@ -201,7 +196,7 @@ class StoredTensor:
 
     file: StoredFile
     offset: int
-    dtype: str  # a name of DTYPES
+    dtype: str  # a name of TYPES
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
 

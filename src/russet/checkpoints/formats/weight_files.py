@@ -45,25 +45,19 @@ class WeightFiles:
     variant: str | None
     variants: frozenset[str] = frozenset()
 
-    @property
-    def sharded(self) -> bool:
-        """Whether the first file is an index."""
-        return self.files[0].endswith(".json")
+    def open(self, folder: Path) -> Weights:
+        """Opens the files in ``folder``."""
+        path = folder / self.files[0]
+        return open_shards(path) if path.suffix == ".json" else open_weights(path)
 
 
 def choose_weight_files(
     names: Collection[str], stems: Mapping[str, str], variant: str | None, use_safetensors: bool | None, where: str
 ) -> WeightFiles:
-    """The files to read among ``names``, those of the component's folder ``where``.
+    """The files to read among ``names``, those of the component's folder ``where``; MissingFile where there are none.
 
     The variant comes before the plain files, safetensors before pickles (``use_safetensors`` allows only one of the
-    two), one file before shards.
-
-    Args:
-        stems: extension → how the names of the component's weight files begin.
-
-    Raises:
-        MissingFile: there are none of the kind asked for; the error says which there are.
+    two), one file before shards. ``stems``: extension → how the names of the component's weight files begin.
     """
     if chosen := _choose(names, stems, variant, use_safetensors):
         return chosen
@@ -116,11 +110,7 @@ def is_weight_file(name: str, stems: Mapping[str, str], variant: str | None) -> 
 
 
 def check_variant(chosen: Mapping[str, WeightFiles], variant: str | None, where: object) -> None:
-    """Reports components that lack the variant.
-
-    Raises:
-        MissingFile: none has it; the error says which variants there are.
-    """
+    """Logs which components lack the variant; MissingFile, with the variants that there are, if all do."""
     lacking = sorted(part for part, files in chosen.items() if files.variant != variant)
     if lacking and len(lacking) == len(chosen):
         found = sorted(frozenset().union(*(files.variants for files in chosen.values())))
@@ -142,12 +132,6 @@ class Weights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-
-def open_chosen(folder: Path, files: WeightFiles) -> Weights:
-    """Opens the weight files of the component in ``folder``."""
-    path = folder / files.files[0]
-    return open_shards(path) if files.sharded else open_weights(path)
 
 
 def open_weights(path: Path) -> Weights:

@@ -1,7 +1,7 @@
 """Where the members of an uncompressed zip archive lie in the file.
 
 Weights are read in place, so this needs offsets, which ``zipfile`` does not give, and a table of contents whose size is
-doubted before it is read. Format: APPNOTE.TXT 6.3 (PKWARE), sections 4.3.7, 4.3.12, 4.3.14, 4.3.16 and 4.5.3.
+checked before it is read. Format: APPNOTE.TXT 6.3 (PKWARE), sections 4.3.7, 4.3.12, 4.3.14, 4.3.16 and 4.5.3.
 """
 
 from __future__ import annotations

@@ -119,14 +119,14 @@ def _needed(view: _View, part: str, entry: ClassEntry, options: Options) -> tupl
 
 
 class _View:
-    """What a repository holds at one commit: as the Hub tells, or where it cannot be asked, as the cache has it."""
+    """What a repository holds at one commit: from the Hub, or where it cannot be reached, from the cache."""
 
     def __init__(self, repo: str, options: Options, commit: str, names: Collection[str], cached: Path | None) -> None:
         self.repo, self.options, self.commit, self.names, self.cached = repo, options, commit, names, cached
 
     @classmethod
     def of(cls, repo: str, options: Options) -> _View:
-        """Asks the Hub; uses the cache where it does not answer, may not be asked, or has the model no more."""
+        """Asks the Hub; uses the cache where it does not answer, may not be asked, or no longer has the model."""
         if options.local_files_only:
             return cls.in_cache(repo, options, HubError("the Hub may not be asked, because of local_files_only=True"))
         import huggingface_hub

@@ -1,4 +1,4 @@
-"""What a weight file is, told by the names and shapes of its tensors alone.
+"""What a weight file is, by the names and shapes of its tensors alone.
 
 A single file carries no class names: whether it is Stable Diffusion 1, 2 or XL, for inpainting, a LoRA or a VAE shows
 in which tensors it has and how wide they are. ``recognise`` names everything that people commonly have on disk, also
@@ -44,7 +44,7 @@ INPUT_CHANNELS = {9: "inpaint", 8: "pix2pix", 5: "depth", 7: "upscale"}
 class FileKind:
     """What a file is.
 
-    ``form``: a key of FORMS. ``family``: a key of FAMILIES, "" where it cannot be told. ``task``: a key of TASKS, or ""
+    ``form``: a key of FORMS. ``family``: a key of FAMILIES, "" where it is not known. ``task``: a key of TASKS, or ""
     for text to image. ``layout``: whose tensor names the file uses. ``detail``: what else there is to say in words.
     """
 
@@ -62,7 +62,7 @@ class FileKind:
 
 def recognise(shapes: Shapes) -> FileKind:
     """The kind of file that has tensors of these names and shapes."""
-    for rule in (lora, controlnet, checkpoint, lone_part, embedding):
+    for rule in (lora, controlnet, checkpoint, single_network, embedding):
         if kind := rule(shapes):
             return kind
     return foreign(shapes)
@@ -87,9 +87,9 @@ def checkpoint(shapes: Shapes) -> FileKind | None:
             break
     else:
         return None
-    told = [family for mark, family in TEXT_FAMILIES.items() if any(key.startswith(mark) for key in shapes)]
-    whole = bool(told) or any(key.startswith("first_stage_model.") for key in shapes)
-    family = told[-1] if told else context_family(shapes)
+    found = [family for mark, family in TEXT_FAMILIES.items() if any(key.startswith(mark) for key in shapes)]
+    whole = bool(found) or any(key.startswith("first_stage_model.") for key in shapes)
+    family = found[-1] if found else context_family(shapes)
     task = INPUT_CHANNELS.get(first[1] if len(first) > 1 else 0, "")
     if family == "sd2" and not task and prefix + "label_emb.0.0.weight" in shapes:
         task = "unclip"
@@ -99,15 +99,15 @@ def checkpoint(shapes: Shapes) -> FileKind | None:
 
 
 def context_family(shapes: Shapes) -> str:
-    """The family told by how wide the text features are that cross-attention reads."""
+    """The family, by the width of the text features that cross-attention reads."""
     widths = (shape[-1] for key, shape in shapes.items() if key.endswith(ATTENTION) and shape)
     return CONTEXT_WIDTHS.get(next(widths, 0), "")
 
 
-# ----------------------------------------------------------------------------------------------------------- lone parts
+# ----------------------------------------------------------------------------------------------------- single networks
 
 
-def lone_part(shapes: Shapes) -> FileKind | None:
+def single_network(shapes: Shapes) -> FileKind | None:
     """One component alone, as in a Diffusers folder or cut out of a single file."""
     if "time_embedding.linear_1.weight" in shapes and "conv_in.weight" in shapes:
         first = shapes["conv_in.weight"]

@@ -54,7 +54,7 @@ class Place:
         return dataclasses.replace(stored, offset=offset, shape=sizes, strides=None if packed else strides)
 
     def put(self, value: torch.Tensor) -> torch.Tensor:
-        """The file's tensor, or its third, given ours."""
+        """The file's tensor, or its third, from the model's."""
         if self.conv:
             value = value[:, :, None, None]
         return value.t() if self.transposed else value

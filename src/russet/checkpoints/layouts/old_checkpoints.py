@@ -5,7 +5,7 @@ Names, repaired before they are compared with a model's:
 1. VAE attention was ``….attentions.N.{query,key,value,proj_attn}``; in files converted from the authors' own layout
    these are 1×1 convolutions [C, C, 1, 1] instead of matrices [C, C].
 2. ``position_ids`` were saved as a buffer of CLIP; they only count 0, 1, 2, … and may be wrong.
-3. CLIP's inner ``text_model.`` and ``vision_model.`` prefixes come and go with the version of transformers.
+3. CLIP's inner ``text_model.`` and ``vision_model.`` prefixes are there or not, by the version of transformers.
 
 Diffusers repairs the configs too, in its Stable Diffusion 1 and 2 pipelines, and only there: a component that is loaded
 by itself keeps what its file says.

@@ -1,7 +1,8 @@
 """Single files: a whole model in one .safetensors or .ckpt, with the tensor names of its authors' code (LDM, SGM).
 
-What the file is shows in its tensors (``detection``); where each of ours lies is a map (``ldm_keys``); what no tensor
-can say, the configs, is bundled (``configs``). As with folders, everything is checked before the first weight is read.
+``detection`` recognises the file by its tensors; ``ldm_keys`` says where each of a model's tensors lies; the configs,
+which no tensor can say, are bundled (``configs``). As with folders, everything is checked before the first weight is
+read.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def single_file(
         dtype: as for ``load.pipeline``.
         options: how to reach the Hub.
         accepts: given the name of the pipeline that the file is for, the components that the caller takes; it may
-            raise. None takes all. It is asked before any weight is read.
+            raise. None takes all. It is called before any weight is read.
         postponed: as for ``load.pipeline``; a UNet that has to be probed for what it predicts is read all the same.
         how: the fields of ``SingleFileRequest``.
 

@@ -50,7 +50,7 @@ class Prediction:
 def decide_prediction(
     kind: FileKind,
     *,
-    asked: str | None = None,
+    requested: str | None = None,
     sidecar: Mapping[str, Any] | None = None,
     names: Collection[str] = (),
     metadata: Mapping[str, str] | None = None,
@@ -59,21 +59,21 @@ def decide_prediction(
     """Weighs the evidence.
 
     Args:
-        asked: what the caller says.
+        requested: what the caller says.
         sidecar: the YAML file beside the weights, or the one that the caller gives.
         names: the file's tensors.
         metadata: of the file's header.
         stem: the file's name.
 
     Raises:
-        InputError: ``asked`` is none of the known meanings.
+        InputError: ``requested`` is none of the known meanings.
     """
     metadata = metadata or {}
     zero_snr = "ztsnr" in names
-    if asked is not None:
-        if asked not in ("epsilon", "v_prediction"):
-            raise InputError(f"prediction_type must be 'epsilon' or 'v_prediction', not {asked!r}")
-        return Prediction(SPELLINGS[asked], zero_snr, "the caller says so")
+    if requested is not None:
+        if requested not in ("epsilon", "v_prediction"):
+            raise InputError(f"prediction_type must be 'epsilon' or 'v_prediction', not {requested!r}")
+        return Prediction(SPELLINGS[requested], zero_snr, "the caller says so")
     if meaning := sidecar_meaning(sidecar or {}):
         return Prediction(meaning, zero_snr, "the YAML config beside it says so")
     if "v_pred" in names:

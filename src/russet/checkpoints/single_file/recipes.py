@@ -68,12 +68,12 @@ class SingleFile:
             InputError: the request has a wrong value.
             CheckpointError: the YAML file cannot be read.
         """
-        asked = request.prediction_type
-        if asked is None and scheduler is not None:
-            asked = getattr(scheduler, "config", {}).get("prediction_type")
+        requested = request.prediction_type
+        if requested is None and scheduler is not None:
+            requested = getattr(scheduler, "config", {}).get("prediction_type")
         return decide_prediction(
             self.kind,
-            asked=asked,
+            requested=requested,
             sidecar=sidecar(self.path, request),
             names=self.weights.tensors,
             metadata=self.weights.metadata,

@@ -47,8 +47,8 @@ def save_single_file(components: Mapping[str, Any], path: str | os.PathLike[str]
     for part in LAYOUTS[family]:
         tensors |= gathered(part, components[part.component])
     nbytes = sum(value.numel() * value.element_size() for value in tensors.values())
-    with atomic_directory(goal.parent, nbytes) as stage:
-        write_safetensors(stage / goal.name, tensors, metadata(family, config, goal.stem))
+    with atomic_directory(goal.parent, nbytes) as temporary:
+        write_safetensors(temporary / goal.name, tensors, metadata(family, config, goal.stem))
 
 
 def family_of(components: Mapping[str, Any]) -> str:
