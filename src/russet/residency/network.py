@@ -22,7 +22,7 @@ from torch import nn
 
 from russet.backends.cuda.graphs import Graphs
 from russet.backends.module_list import modules, places
-from russet.checkpoints.pending_weights import PendingWeights
+from russet.checkpoints.load import PendingWeights
 from russet.errors import InputError
 from russet.passes.base import Changes
 from russet.planning.plan import Plan
