@@ -49,7 +49,7 @@ def build_denoiser(
     shared = not any(name in conditioning.positive for name in ADDED)  # the embeddings depend on the timestep alone
     scale = conditioning.positive.get("timestep_cond")
     times = None
-    if plan["timestep_embeddings"] == "precomputed" and shared and isinstance(unet, OptimizedUNet):
+    if plan["timestep_embeddings"] == "precomputed" and shared:
         times = TimestepCache(unet, timesteps, None if scale is None else scale[:1])
 
     def of(conditions: Conditioning, at_once: int) -> Predict:
