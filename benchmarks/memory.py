@@ -15,7 +15,6 @@ the table says so. ``--offload`` measures model and sequential offload as well.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import sys
@@ -27,6 +26,7 @@ import torch
 
 import russet
 from russet.errors import DoesNotFit
+from russet.generate.phase_times import Clock
 from russet.planning import reference_models
 from russet.planning.plan import Plan
 
@@ -46,24 +46,29 @@ class Watched(russet.StableDiffusionPipeline):
         self.peaks: dict[str, int] = {}
         self.reserved = 0
 
-    def encode(self, *args: Any) -> Any:
-        with self.watched("text"):
-            return super().encode(*args)
+    def start(self, spec: Any) -> Any:
+        run = super().start(spec)
+        run.clock = WatchedClock(self)
+        return run
 
-    def denoise(self, *args: Any) -> Any:
-        with self.watched("denoise"):
-            return super().denoise(*args)
 
-    def develop(self, *args: Any) -> Any:
-        with self.watched("decode"):
-            return super().develop(*args)
+class WatchedClock(Clock):
+    """A run's clock that also notes the most memory of each phase."""
 
-    @contextlib.contextmanager
-    def watched(self, phase: str) -> Iterator[None]:
+    def __init__(self, pipe: Watched) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def enter(self, phase: str) -> None:
+        super().enter(phase)
         torch.cuda.reset_peak_memory_stats()
-        yield
-        self.peaks[phase] = torch.cuda.max_memory_allocated()
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+
+    def pause(self) -> None:
+        phase, pipe = self.phase, self.pipe
+        super().pause()
+        if phase is not None:
+            pipe.peaks[phase] = max(pipe.peaks.get(phase, 0), torch.cuda.max_memory_allocated())
+            pipe.reserved = max(pipe.reserved, torch.cuda.max_memory_reserved())
 
 
 class Moments:
@@ -127,7 +132,7 @@ def drawn(pipe: Watched, width: int, height: int, images: int) -> Plan:
     torch.cuda.synchronize()
     pipe.graphs.clear()
     torch.cuda.empty_cache()
-    pipe.reserved = 0
+    pipe.reserved, pipe.peaks = 0, {}
     recorded = pipe.plan(height=height, width=width, num_images=images)["cuda_graphs"]
     output = pipe(
         "a photo of an astronaut riding a horse on mars",
@@ -151,13 +156,13 @@ def compared(dtype: str, size: str, plan: Plan, pipe: Watched) -> dict[str, Any]
     return {
         "dtype": dtype,
         "size": size,
-        "images": plan.workload.images,
+        "images": plan.sizes.images,
         "micro_batch": plan.micro_batch,
         "vae": f"{plan.vae_batch} × {plan.vae_tile or 'whole'}",
         "offload": plan.offload,
         "predicted": {**predicted, "peak": plan.peak},
         "activations": activations,
-        "graphs": plan["cuda_graphs"],
+        "graphs": plan["graphs"],
         "measured": {**pipe.peaks, "peak": max(pipe.peaks.values())},
         "reserved": pipe.reserved,
     }

@@ -30,9 +30,10 @@ ALLOWED = {
     "backends": ROOT | {"models"},
     "planning": ROOT | {"models", "hardware", "backends"},
     "checkpoints": ROOT | {"images", "text", "models", "schedulers"},
+    "families": ROOT | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "checkpoints"},
     "residency": ROOT | {"models", "hardware", "backends", "planning", "checkpoints"},
     "generate": ROOT
-    | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "residency", "pipelines"},
+    | {"images", "text", "models", "schedulers", "hardware", "backends", "planning", "families", "residency"},
 }
 """Part → the parts that it may import, besides itself. The arrows of CONTRIBUTING.md, from right to left."""
 

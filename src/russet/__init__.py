@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from russet.pipelines.base import DiffusionPipeline as DiffusionPipeline
     from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline as LatentConsistencyModelPipeline
     from russet.pipelines.output import StableDiffusionPipelineOutput as StableDiffusionPipelineOutput
+    from russet.pipelines.output import StableDiffusionXLPipelineOutput as StableDiffusionXLPipelineOutput
     from russet.pipelines.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
+    from russet.pipelines.stable_diffusion_img2img import (
+        StableDiffusionImg2ImgPipeline as StableDiffusionImg2ImgPipeline,
+    )
+    from russet.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline as StableDiffusionXLPipeline
+    from russet.pipelines.stable_diffusion_xl_img2img import (
+        StableDiffusionXLImg2ImgPipeline as StableDiffusionXLImg2ImgPipeline,
+    )
     from russet.schedulers.named import DDIMCFGPPScheduler as DDIMCFGPPScheduler
     from russet.schedulers.named import DDIMScheduler as DDIMScheduler
     from russet.schedulers.named import DDPMScheduler as DDPMScheduler
@@ -90,9 +98,13 @@ HOMES = {
     "PNDMScheduler": "russet.schedulers.named",
     "RestartScheduler": "russet.schedulers.named",
     "RussetError": "russet.errors",
+    "StableDiffusionImg2ImgPipeline": "russet.pipelines.stable_diffusion_img2img",
     "StableDiffusionPipeline": "russet.pipelines.stable_diffusion",
     "StableDiffusionPipelineOutput": "russet.pipelines.output",
     "StableDiffusionSafetyChecker": "russet.models.safety_checker",
+    "StableDiffusionXLImg2ImgPipeline": "russet.pipelines.stable_diffusion_xl_img2img",
+    "StableDiffusionXLPipeline": "russet.pipelines.stable_diffusion_xl",
+    "StableDiffusionXLPipelineOutput": "russet.pipelines.output",
     "TCDScheduler": "russet.schedulers.named",
     "UNet2DConditionModel": "russet.models.unet",
     "UniPCMultistepScheduler": "russet.schedulers.named",

@@ -106,25 +106,25 @@ def test_steps_made_again_are_guided_as_they_were(half: Any, psnr: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reads", "told"),
+    ("reads", "expected"),
     [
         ("immediate", [(True, 5), (True, 10), (False, 10)]),
         ("deferred", [(True, 0), (True, 5), (True, 10), (False, 10)]),
         ("at the end", [(True, 0), (True, 0), (True, 0), (True, 0), (False, 10)]),
     ],
 )
-def test_a_look_is_told_when_it_is_due_and_the_last_good_place_is_known(reads: str, told: list[Any]) -> None:
+def test_a_check_is_read_when_it_is_due_and_the_last_finite_snapshot_is_known(reads: str, expected: list[Any]) -> None:
     good, bad = torch.ones(2), torch.tensor([1.0, float("inf")])
-    told_then = Conditioning({"encoder_hidden_states": good}), Guidance()
-    places = [overflow.Good(step, good if step <= 10 else bad, [], *told_then) for step in (0, 5, 10, 15, 20)]
-    watch, found = overflow.Watch(places[0], reads, trusted=True), []
+    asked_then = Conditioning({"encoder_hidden_states": good}), Guidance()
+    places = [overflow.Snapshot(step, good if step <= 10 else bad, [], *asked_then) for step in (0, 5, 10, 15, 20)]
+    monitor, found = overflow.FiniteMonitor(places[0], reads, trusted=True), []
     for place in places[1:]:
-        found.append((watch.see(place), watch.good.step))
+        found.append((monitor.check(place), monitor.finite.step))
         if not found[-1][0]:
             break
     else:
-        found.append((watch.end(bad), watch.good.step))
-    assert found == told
+        found.append((monitor.end(bad), monitor.finite.step))
+    assert found == expected
 
 
 def test_the_noise_of_a_repeated_step_is_the_same_noise(half: Any, psnr: Any) -> None:

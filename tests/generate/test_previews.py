@@ -62,7 +62,7 @@ def test_the_last_foreseen_picture_is_the_picture_without_noise_left(tiny: Any) 
 
 
 def test_what_a_callback_was_shown_to_look_at_cannot_be_replaced(tiny: Any) -> None:
-    with pytest.raises(InputError, match="pred_original_sample is for looking at"):
+    with pytest.raises(InputError, match="pred_original_sample is only shown"):
         tiny(
             "a horse",
             callback_on_step_end=lambda *_: {"pred_original_sample": torch.zeros(1, 4, 8, 8)},

@@ -207,8 +207,7 @@ class Ask:
             cache = TimestepCache(network, [t], None if cond is None else cond[:1])
             if (known := cache(t)) is not None:
                 time, conditions = known, {}  # type: ignore[assignment]
-        output = network(self.x, time, text, **conditions).sample
-        return output
+        return network(self.x, time, text, **conditions).sample
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

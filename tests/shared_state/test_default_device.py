@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import russet
-from russet import samplers
+from russet.schedulers import names as samplers
 
 from ..devices.virtual_mps import VirtualMac
 

@@ -67,6 +67,7 @@ class Conditioning:
         return replace(self, positive={**self.positive, name: positive}, negative={**other, name: negative})
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        positive = {name: change(tensor) for name, tensor in self.positive.items()}
-        negative = None if self.negative is None else {name: change(x) for name, x in self.negative.items()}
-        return Conditioning(positive, negative)
+        def half(rows: Rows) -> Rows:
+            return {name: change(tensor) for name, tensor in rows.items()}
+
+        return Conditioning(half(self.positive), None if self.negative is None else half(self.negative))

@@ -46,10 +46,9 @@ def build_denoiser(
         conditioning = conditioning.extended(
             timestep_cond=guidance_embedding(guidance.scale, width).expand(len(conditioning), -1)
         )
-    shared = not any(name in conditioning.positive for name in ADDED)  # the embeddings depend on the timestep alone
     scale = conditioning.positive.get("timestep_cond")
     times = None
-    if plan["timestep_embeddings"] == "precomputed" and shared:
+    if plan["timestep_embeddings"] == "precomputed":
         times = TimestepCache(unet, timesteps, None if scale is None else scale[:1])
 
     def of(conditions: Conditioning, at_once: int) -> Predict:

@@ -2,16 +2,16 @@
 
 A picture is made in three phases, each a plain function of what came before:
 
-    context = prompt.encode(…)                     text    → conditioning [B, N, D]
+    halves  = family.encode(prompts, …)            text    → conditioning [B, N, D], and what else the model takes
     for step in denoise(run, predict): …           noise   → latents      [B, C, h, w]
-    pixels  = decode(vae, latents)                 latents → pixels       [B, 3, H, W] in [-1, 1]
+    pixels  = decode(vae, latents, at_once)        latents → pixels       [B, 3, H, W] in [-1, 1]
 
 ``Predict`` is the one seam around the model: ``predict(x, t)`` gives the model's output for scaled latents ``x`` at
 the time ``t``, and joined to it along the channels the output without the prompt, for the few solvers that need both.
-Guidance, micro-batches and whatever else changes how the model is called are wrappers of that function
-(``guidance.py``). ``run`` is the scheduler's side of the loop: it says where the model is to be evaluated next and
-takes its answer. The loop belongs to the caller, and so do progress, previews and cancelling: stop iterating, and it
-has ended.
+``denoiser.py`` makes it of a UNet and its conditioning; guidance, micro-batches and whatever else changes how the model
+is called are wrappers of that function (``guidance.py``). ``run`` is the scheduler's side of the loop: it says where
+the model is to be evaluated next and takes its output. The loop belongs to the caller, and so do progress, previews and
+cancelling: stop iterating, and it has ended. ``russet.generate.run.Run`` is that caller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from russet.models.autoencoder import Autoencoder
 from russet.schedulers.schedule import Run
@@ -44,12 +44,11 @@ class Step:
         return self.latents_later()
 
 
-def denoise(run: Run, predict: Predict) -> Iterator[Step]:
+def denoise(run: Run, predict: Predict, index: int = 0) -> Iterator[Step]:
     """Calls the model until the run has no place left to evaluate it at, and yields after each call.
 
-    A caller that sets ``run.latents`` between two steps changes what the next one starts from.
+    A caller that sets ``run.latents`` between two steps changes what the next one starts from. ``index``: of the first.
     """
-    index = 0
     while (t := run.t) is not None:
         run.send(*predict(run.model_input, t).chunk(1 + run.schedule.needs_unconditional, dim=1))
         assert run.x0 is not None
@@ -64,6 +63,35 @@ def decode(vae: Autoencoder, latents: Tensor, at_once: int) -> Tensor:
     """
     parts = torch.split(unscaled(vae, latents).to(vae.dtype), at_once)
     return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
+
+
+def encode(vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...], at_once: int) -> Tensor:
+    """Pictures [B, 3, H, W] in -1..1 → latents [B, C, h, w] as the denoiser takes them, float32.
+
+    ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none.
+    """
+    outputs = [
+        vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.device, vae.dtype), at_once)
+    ]
+    if isinstance(outputs[0], Tensor):  # a tiny autoencoder gives latents
+        return scaled(vae, torch.cat(outputs))
+    moments = torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in outputs])
+    distribution = type(outputs[0])(moments)
+    generator = generators[0] if len(generators) == 1 else generators or None
+    return scaled(vae, distribution.sample(generator))
+
+
+def scaled(vae: Autoencoder, z: Tensor) -> Tensor:
+    """Latents as the autoencoder has them → as the denoiser has them, float32: the inverse of ``unscaled``."""
+    config = vae.config
+    z = z.float()
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (z.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        z = (z - mean) / std
+    elif config.shift_factor is not None:
+        z = z - config.shift_factor
+    latents: Tensor = z * config.scaling_factor
+    return latents
 
 
 def unscaled(vae: Autoencoder, latents: Tensor) -> Tensor:

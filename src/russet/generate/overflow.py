@@ -1,32 +1,28 @@
-"""Pictures that stay finite: what to do when half precision has overflowed.
+"""Overflow in half precision: finding values that are not finite, and going on in more precise arithmetic.
 
-A number that is not finite stays so through every later step, so it is enough to look now and then, and to read a look
-later: at once only where that costs no wait. The work then goes on from the last latents that were good, in more
-precise arithmetic.
+A value that is not finite stays so through every later step, so it is enough to check now and then, and to read the
+result of a check later: at once only where that costs no wait. The work then goes on from the last snapshot that was
+finite.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from russet.generate import engine
 from russet.generate.conditioning import Conditioning
 from russet.generate.guidance import Guidance
-from russet.models.autoencoder import Autoencoder
-from russet.planning.plan import Plan
+from russet.residency.form import Precision
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY = 5  # steps
+CHECK_EVERY = 5  # steps
 UNREAD = {
     "immediate": 0,
     "deferred": 1,
@@ -35,10 +31,10 @@ UNREAD = {
 
 
 @dataclass(frozen=True)
-class Good:
-    """A place in a run to go on from: the step that begins there, its latents, and the state of the noise.
+class Snapshot:
+    """A place in a run to go on from: the step that begins there, its latents, and the state of the generators.
 
-    conditioning, guidance: what the denoiser was told there, which a callback may have changed since.
+    conditioning, guidance: what the denoiser had there, which a callback may have changed since.
     """
 
     step: int
@@ -48,125 +44,101 @@ class Good:
     guidance: Guidance
 
 
-class Look:
-    """A look for values that are not finite: one number that is not, if any was not. It is on its way to be read.
+class FiniteCheck:
+    """A check for values that are not finite: one number that is not, if any was not. It is on its way to the host.
 
-    place: where to go on from if all were; None for the end of a run.
+    snapshot: where to go on from if all were; None for the end of a run.
     """
 
-    def __init__(self, latents: Tensor, place: Good | None = None) -> None:
-        self.place = place
+    def __init__(self, latents: Tensor, snapshot: Snapshot | None = None) -> None:
+        self.snapshot = snapshot
         self.flag = latents.sum()
         self._arrived: torch.cuda.Event | None = None
         if self.flag.is_cuda:
-            there = torch.empty((), dtype=self.flag.dtype, device="cpu", pin_memory=True)
+            there = torch.empty((), dtype=self.flag.dtype, pin_memory=True)
             self.flag = there.copy_(self.flag, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def arrive(self) -> None:
-        """On CUDA, waits until the device was there: the number is on the host then."""
+        """On CUDA, waits until the number is on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
 
-def read(looks: Sequence[Look]) -> list[bool]:
-    """Whether all values were finite, for each look; one wait for all of them."""
-    if not looks:
+def read(checks: Sequence[FiniteCheck]) -> list[bool]:
+    """Whether all values were finite, for each check; one wait for all of them."""
+    if not checks:
         return []
-    for look in looks:
-        look.arrive()
-    return [math.isfinite(flag) for flag in torch.stack([look.flag for look in looks]).tolist()]
+    for check in checks:
+        check.arrive()
+    return [math.isfinite(flag) for flag in torch.stack([check.flag for check in checks]).tolist()]
 
 
-class Watch:
-    """The last good place of a run, and the looks that are still to be read.
+class FiniteMonitor:
+    """The last finite snapshot of a run, and the checks that are still to be read.
 
-    Kept unread "at the end", every fifth step's latents stay in memory: of 50 steps of Stable Diffusion at 512×512
-    that is 0.6 MiB a picture, a few thousandths of what one UNet call takes, and no plan counts it.
+    Read "at the end", every fifth step's latents stay in memory: of 50 steps of Stable Diffusion at 512×512 that is
+    0.6 MiB a picture, a few thousandths of what one UNet call takes, and no plan counts it.
 
-    reads: when looks are read, as the plan says. trusted: whether the network has drawn a whole picture in this
-    arithmetic; if not, the first look is never left for the end: what always overflows is found after a few steps.
+    reads: when checks are read, as the plan says. trusted: whether the network has made a whole picture in this
+    precision; if not, the first check is never left for the end: what always overflows is found after a few steps.
     """
 
-    def __init__(self, good: Good, reads: str, trusted: bool) -> None:
-        self.good = good
+    def __init__(self, snapshot: Snapshot, reads: str, trusted: bool) -> None:
+        self.finite = snapshot
         self._unread = UNREAD[reads]
-        self._wary = self._unread > 1 and not trusted
-        self._looks: list[Look] = []
+        self._read_first = self._unread > 1 and not trusted
+        self._checks: list[FiniteCheck] = []
 
-    def see(self, place: Good) -> bool:
-        """Looks at a place; False once a look has found a value that is not finite."""
-        self._looks.append(Look(place.latents, place))
-        unread, self._wary = 0 if self._wary else self._unread, False
-        return self._read(max(0, len(self._looks) - unread))
+    def check(self, snapshot: Snapshot) -> bool:
+        """Checks a place; False once a check has found a value that is not finite."""
+        self._checks.append(FiniteCheck(snapshot.latents, snapshot))
+        unread, self._read_first = 0 if self._read_first else self._unread, False
+        return self._read(max(0, len(self._checks) - unread))
 
     def end(self, latents: Tensor) -> bool:
-        """Looks at the end of the run, and reads everything; whether all was well."""
-        self._looks.append(Look(latents))
-        return self._read(len(self._looks))
+        """Checks the end of the run, and reads everything; whether all was finite."""
+        self._checks.append(FiniteCheck(latents))
+        return self._read(len(self._checks))
 
     def _read(self, count: int) -> bool:
-        """Reads the oldest looks, up to the first that is not well."""
-        looks, self._looks = self._looks[:count], self._looks[count:]
-        for look, finite in zip(looks, read(looks), strict=True):
+        """Reads the oldest checks, up to the first that fails."""
+        checks, self._checks = self._checks[:count], self._checks[count:]
+        for check, finite in zip(checks, read(checks), strict=True):
             if not finite:
                 return False
-            self.good = look.place or self.good
+            self.finite = check.snapshot or self.finite
         return True
 
 
 @dataclass(frozen=True)
-class Remedy:
-    """More precise arithmetic for one network: its name in words, and how to switch it on."""
+class Fallback:
+    """More precise arithmetic for one network: its name, and the precision to have the network work in."""
 
     name: str
-    switch_on: Callable[[], object]
+    precision: Precision
 
-    def apply(self) -> str:
-        """Switches it on; returns what the result is to say about it."""
-        self.switch_on()
+    def announce(self) -> str:
+        """Logs that this is used; returns the note for the result."""
         note = f"a value was not finite (half precision overflowed): went on with the {self.name}"
         log.warning(note)
         return note
 
 
+def fallbacks(component: str, network: nn.Module) -> list[Fallback]:
+    """What can be tried for a network, the cheapest first; nothing where its weights are float32 already."""
+    if network.dtype == torch.float32:
+        return []
+    return [
+        Fallback(f"{component}'s attention in float32", "attention"),
+        Fallback(f"whole {component} in float32", "float32"),
+    ]
+
+
 def is_finite(x: Tensor) -> bool:
     """Whether no value is NaN or infinite; waits for the device. One that is makes their sum so."""
     return math.isfinite(float(x.sum()))
-
-
-@contextlib.contextmanager
-def remedies(pipe: Any, name: str, plan: Plan) -> Iterator[list[Remedy]]:
-    """What can be tried for a network, the cheapest first; nothing where it computes in float32 already."""
-    if pipe.known(name).dtype == torch.float32:
-        yield []
-        return
-    with contextlib.ExitStack() as stack:
-        yield [
-            Remedy(
-                f"{name}'s attention in float32", lambda: stack.enter_context(pipe.at_work(name, plan, "attention"))
-            ),
-            Remedy(f"whole {name} in float32", lambda: stack.enter_context(pipe.at_work(name, plan, "float32"))),
-        ]
-
-
-def decoded(pipe: Any, latents: Tensor, plan: Plan) -> tuple[Tensor, tuple[str, ...]]:
-    """Latents → pixels [B, 3, H, W]; not finite or all black, they are made again more precisely."""
-    notes: list[str] = []
-    vae: Autoencoder = pipe.known("vae")
-    with remedies(pipe, "vae", plan) as left:
-        while True:
-            pixels = engine.decode(vae, latents, plan.vae_batch)
-            if is_picture(pixels):
-                return pixels, tuple(notes)
-            if not left:
-                break
-            notes.append(left.pop(0).apply())
-    if not is_finite(pixels):
-        notes.append("the picture is not finite even in float32: its latents or the VAE's weights must be damaged")
-        pixels = torch.nan_to_num(pixels.cpu(), nan=-1.0)  # which mps has from torch 2.0 on
-    return pixels, tuple(notes)
 
 
 def is_picture(pixels: Tensor) -> bool:

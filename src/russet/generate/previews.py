@@ -7,8 +7,9 @@ it are shipped, and any VAE has one.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -20,9 +21,7 @@ from russet.generate import engine
 from russet.images.conversion import to_pil
 from russet.models.autoencoder import Autoencoder
 from russet.models.tiny_vae import AutoencoderTiny
-
-if TYPE_CHECKING:
-    from russet.pipelines.stable_diffusion import StableDiffusionPipeline
+from russet.planning.plan import Plan
 
 PICTURES, PATCHES, LATENTS = 4, 4, 4
 """The pictures of patches: how many, patches along a side, latents along the side of a patch."""
@@ -41,18 +40,29 @@ class LinearMap:
         return colours + weight[0].view(1, -1, 1, 1)
 
 
+class Previewed(Protocol):
+    """What a preview needs of a pipeline."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def known(self, name: str) -> Any: ...
+
+    def plan(self) -> Plan: ...
+
+    def at_work(self, component: str, plan: Plan) -> AbstractContextManager[Any]: ...
+
+
 class Previews:
     """What a pipeline needs for previews: the map that was fitted to its VAE, once there is one."""
 
     def __init__(self) -> None:
         self._fitted: tuple[Autoencoder, LinearMap] | None = None
 
-    def pictures(
-        self, pipe: StableDiffusionPipeline, latents: Tensor, vae: Autoencoder | None = None
-    ) -> list[Image.Image]:
-        """What ``StableDiffusionPipeline.preview`` returns."""
-        own = pipe.known("vae")
-        check(latents, pipe.geometry.channels)
+    def pictures(self, pipe: Previewed, latents: Tensor, vae: Autoencoder | None = None) -> list[Image.Image]:
+        """What a pipeline's ``preview`` returns."""
+        own: Autoencoder | None = pipe.known("vae")
+        check(latents, pipe.known("unet").config.in_channels if own is None else own.config.latent_channels)
         latents = latents.float().masked_fill(~latents.isfinite(), 0.0)  # mps has nan_to_num from torch 2.0 on
         if vae is not None:
             return to_pil(engine.decode(vae, latents.to(vae.device), len(latents)))
@@ -63,7 +73,7 @@ class Previews:
                 return to_pil(engine.decode(own, latents.to(pipe.device), len(latents)))
         return to_pil(self._map(pipe, own)(engine.unscaled(own, latents)))
 
-    def _map(self, pipe: StableDiffusionPipeline, own: Autoencoder) -> LinearMap:
+    def _map(self, pipe: Previewed, own: Autoencoder) -> LinearMap:
         if self._fitted is None or self._fitted[0] is not own:
             with pipe.at_work("vae", pipe.plan()):
                 self._fitted = own, fitted(own, pipe.device)

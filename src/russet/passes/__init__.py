@@ -21,6 +21,7 @@ from russet.passes import (
     timestep_embeddings,
     triton_ops,
     upsample_fusion,
+    weight_prepacking,
     winograd,
     workarounds,
 )
@@ -30,6 +31,7 @@ PASSES: tuple[Pass, ...] = (
     buffer_donation.PASS,
     shared_prefix.PASS,
     onednn.PASS,
+    weight_prepacking.PASS,
     winograd.PASS,
     malloc.PASS,
     triton_ops.PASS,

@@ -87,6 +87,16 @@ class DiffusionPipeline(Switches, SingleFiles):
         if managed := self._managed():
             self._device = (managed.get("unet") or next(iter(managed.values()))).computing_device
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes pictures, in pipelines that do; ``from_pretrained`` returns one of them.
+
+        Raises:
+            InputError: this pipeline makes none itself.
+        """
+        raise InputError(
+            f"{type(self).__name__} makes no pictures itself; use a pipeline such as StableDiffusionPipeline"
+        )
+
     # -- where components come from and go to
 
     @classmethod

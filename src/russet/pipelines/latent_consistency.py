@@ -1,4 +1,4 @@
-"""Latent consistency models (arXiv:2310.04378): Stable Diffusion distilled to draw in a few steps."""
+"""Latent consistency models (arXiv:2310.04378): Stable Diffusion distilled to a few steps."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ from typing import Any
 from torch import Generator, Tensor
 
 from russet import validation
+from russet.families.sd import Prompts
+from russet.generate.spec import CallbackSpec, GuidanceSpec, NoiseSpec, SamplingSpec, Spec
+from russet.generate.starts import NoiseStart
+from russet.pipelines import stable_diffusion
+from russet.pipelines.generation import tuple_on_request
 from russet.pipelines.output import StableDiffusionPipelineOutput
-from russet.pipelines.stable_diffusion import StableDiffusionPipeline
 
 ELSEWHERE = {
+    **stable_diffusion.ELSEWHERE,
     "original_inference_steps": "make the scheduler anew: "
     "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=…)",
-    "negative_prompt": "the UNet is told guidance_scale and asked once, with the prompt",
+    "negative_prompt": "the UNet takes guidance_scale as an input, and is called once a step, with the prompt",
 }
 
 
-class LatentConsistencyModelPipeline(StableDiffusionPipeline):
-    """Text to image in 1 to 8 steps, with a UNet that was distilled to be told the guidance scale."""
+class LatentConsistencyModelPipeline(stable_diffusion.StableDiffusionBase):
+    """Text to image in 1 to 8 steps, with a UNet that was distilled to take the guidance scale as an input."""
 
-    def __call__(  # type: ignore[override]  # the order of the arguments is Diffusers'
+    @tuple_on_request
+    def __call__(
         self,
+        /,
         prompt: str | Sequence[str] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -35,6 +42,9 @@ class LatentConsistencyModelPipeline(StableDiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         *,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         clip_skip: int | None = None,
@@ -42,32 +52,25 @@ class LatentConsistencyModelPipeline(StableDiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         seed: int | Sequence[int] | None = None,
         **others: Any,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, list[bool] | None]:
-        """Draws pictures: ``StableDiffusionPipeline``'s call, with the steps and the scale of these models.
+    ) -> StableDiffusionPipelineOutput:
+        """Makes pictures; the arguments mean what those of ``StableDiffusionPipeline`` do.
 
         Raises:
             InputError: an argument is wrong, or means nothing to these models.
             DoesNotFit: the pictures need more memory than the device has.
         """
-        asked = {"original_inference_steps": original_inference_steps}
-        asked |= {name: others.pop(name) for name in ELSEWHERE if name in others}
-        validation.refuse_unknown(asked, ELSEWHERE, "LatentConsistencyModelPipeline()")
-        return super().__call__(
-            prompt,
-            height,
-            width,
-            num_inference_steps,
-            timesteps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
+        others["original_inference_steps"] = original_inference_steps
+        validation.refuse_unknown(others, ELSEWHERE, "LatentConsistencyModelPipeline()")
+        spec = Spec(
+            prompts=Prompts(prompt=prompt, prompt_embeds=prompt_embeds, clip_skip=clip_skip),
+            start=NoiseStart(given=latents),
+            height=height,
+            width=width,
+            images_per_prompt=num_images_per_prompt,
+            sampling=SamplingSpec(steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas, eta=eta),
+            guidance=GuidanceSpec(scale=guidance_scale, interval=guidance_interval),
+            noise=NoiseSpec(seed=seed, generator=generator),
             output_type=output_type,
-            return_dict=return_dict,
-            clip_skip=clip_skip,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            seed=seed,
-            **others,
+            callback=CallbackSpec(function=callback_on_step_end, tensors=callback_on_step_end_tensor_inputs),
         )
+        return self.generate(spec)

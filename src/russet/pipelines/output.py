@@ -59,7 +59,7 @@ class StableDiffusionPipelineOutput:
         listed = self.images if isinstance(self.images, list) else []
         return [image for image in listed if isinstance(image, Image.Image)]
 
-    def to_tuple(self) -> tuple[Any, list[bool] | None]:
+    def to_tuple(self) -> tuple[Any, ...]:
         return self.images, self.nsfw_content_detected
 
     def __getitem__(self, key: int | slice | str) -> Any:
@@ -69,6 +69,13 @@ class StableDiffusionPipelineOutput:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
+
+
+class StableDiffusionXLPipelineOutput(StableDiffusionPipelineOutput):
+    """The same of Stable Diffusion XL, which has no safety checker: as a tuple it is the images alone."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return (self.images,)
 
 
 def png(image: Image.Image) -> bytes:

@@ -6,10 +6,16 @@ from russet.errors import ConfigError
 from russet.pipelines.base import DiffusionPipeline
 from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline
 from russet.pipelines.stable_diffusion import StableDiffusionPipeline
+from russet.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
+from russet.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
+from russet.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     "LatentConsistencyModelPipeline": LatentConsistencyModelPipeline,
+    "StableDiffusionImg2ImgPipeline": StableDiffusionImg2ImgPipeline,
     "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLImg2ImgPipeline": StableDiffusionXLImg2ImgPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
 
 

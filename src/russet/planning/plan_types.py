@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from typing_extensions import Self
 
 from russet.errors import ArgumentTypeError, InputError
+from russet.passes import PASSES
 
 COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -46,6 +47,7 @@ MEANING: Mapping[str, str] = {
     " share one memory and moving them would free nothing",
     "size_multiple": "widths and heights that are not a multiple of this many pixels get a note in the result",
     "warm_up": "True: before the first call on a device, one step is computed and discarded",
+    **{one.name: one.meaning for one in PASSES},
 }
 
 
@@ -157,11 +159,17 @@ class Request:
 
     def _dtypes(self) -> dict[str, str]:
         given = dict.fromkeys(COMPONENTS, self.dtype) if isinstance(self.dtype, str) else dict(self.dtype or {})
+        given = {decided_as(name): dtype for name, dtype in given.items()}
         for name, dtype in given.items():
             if name not in COMPONENTS or dtype not in DTYPES:
                 options = f"{', '.join(DTYPES)} for one of {', '.join(COMPONENTS)}"
                 raise InputError(f"a dtype is one of {options}, not {dtype!r} for {name!r}")
         return {name: str(dtype) for name, dtype in given.items()}
+
+
+def decided_as(component: str) -> str:
+    """The component whose decisions hold for this one: XL's two text encoders are decided about together."""
+    return "text_encoder" if component == "text_encoder_2" else component
 
 
 def check_count(name: str, value: Any, otherwise: str = "") -> None:
@@ -210,7 +218,7 @@ class Decisions:
 
     def dtype(self, component: str) -> str:
         """The torch dtype's name for ``"text_encoder"``, ``"unet"``, ``"vae"`` or ``"safety_checker"``."""
-        return cast(str, self[f"dtype.{component}"])
+        return cast(str, self[f"dtype.{decided_as(component)}"])
 
     def width(self, component: str) -> int:
         """Bytes of one number in a component."""
@@ -218,7 +226,7 @@ class Decisions:
 
     def attention(self, component: str) -> AttentionChoice:
         """The attention for ``"text_encoder"``, ``"unet"`` or ``"vae"``."""
-        return cast(AttentionChoice, self[f"attention.{component}"])
+        return cast(AttentionChoice, self[f"attention.{decided_as(component)}"])
 
     @property
     def micro_batch(self) -> int:

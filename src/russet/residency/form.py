@@ -18,6 +18,7 @@ from russet.passes import malloc
 from russet.passes.base import Choices
 from russet.planning.memory import unet_rows
 from russet.planning.plan import AttentionChoice, Plan
+from russet.planning.plan_types import decided_as
 from russet.residency.weights import CPU, META
 
 Precision = Literal["attention", "float32"]
@@ -69,6 +70,7 @@ class Form:
 
 def form_of(component: str, plan: Plan, device: torch.device, precision: Precision | None = None) -> Form:
     """The form in which a plan wants a component to work on a pipeline's device."""
+    component = decided_as(component)
     on_cpu = component == "text_encoder" and plan.text_encoder == "cpu"
     chosen = component in ("text_encoder", "unet", "vae")
     tile = plan.vae_tile if component == "vae" else None
@@ -110,6 +112,7 @@ def attention_function(choice: AttentionChoice, *, contiguous: bool = False) -> 
 
 def resting_device(component: str, plan: Plan, device: torch.device) -> torch.device:
     """Where a network is while it does not work; ``meta`` where its weights are dropped and read again when needed."""
+    component = decided_as(component)
     if component == "text_encoder" and plan.text_encoder == "cpu":
         return CPU
     if plan.offload == "sequential":

@@ -26,6 +26,7 @@ from russet.residency.form import Precision, dtype_name, dtype_named, resting_de
 from russet.residency.kernels import compile_kernels, set_environment
 from russet.residency.network import AtWork, ManagedNetwork, OpenRun, Use
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TRANSIENT = ("graphs", "_plans", "_placing", "_placed_for")  # attributes of a pipeline that no copy has
 
 
@@ -72,7 +73,9 @@ class MovesNetworks:
         """The components that hold weights, loaded or not."""
         raise NotImplementedError
 
-    def workload(self, height: int | None, width: int | None, images: int, *, guided: bool) -> Workload:
+    def workload(
+        self, height: int | None, width: int | None, images: int, *, guided: bool, encodes: bool = False
+    ) -> Workload:
         """The numbers that a plan is made from; each pipeline knows how its components hang together."""
         raise InputError(f"{type(self).__name__} draws nothing itself; use a pipeline such as StableDiffusionPipeline")
 
@@ -148,16 +151,23 @@ class MovesNetworks:
     # -- what the plan says
 
     def plan(
-        self, *, height: int | None = None, width: int | None = None, num_images: int = 1, guidance_scale: float = 7.5
+        self,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_images: int = 1,
+        guidance_scale: float = 7.5,
+        encodes: bool = False,
     ) -> Plan:
         """What Russet decides for a picture of this size on this device, each decision with its reason.
 
-        Sizes in pixels; left out they are what the model was trained at. ``print(pipe.plan())`` reads as text.
+        Sizes in pixels; left out they are what the model was trained at. ``encodes``: whether a picture goes in (image
+        to image). ``print(pipe.plan())`` reads as text.
 
         Raises:
             DoesNotFit: the work needs more memory than there is; the error names the largest size that would fit.
         """
-        workload = self.workload(height, width, num_images, guided=guidance_scale > 1)
+        workload = self.workload(height, width, num_images, guided=guidance_scale > 1, encodes=encodes)
         return self._plans.plan(read_facts(self._device, weights=self._bytes_on_device()), workload, self._request())
 
     def _bytes_on_device(self) -> int:
@@ -181,7 +191,7 @@ class MovesNetworks:
             self._choices,
             dtype=wanted,
             reloadable=all(one.droppable for one in managed.values()),
-            text_encoder_exclusive="text_encoder" not in managed or not managed["text_encoder"].handed_out,
+            text_encoder_exclusive=not any(managed[name].handed_out for name in TEXT_ENCODERS if name in managed),
         )
 
     # -- where networks are between calls

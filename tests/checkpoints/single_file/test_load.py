@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,9 @@ from russet.errors import (
     MissingFile,
     UnsupportedArgument,
 )
+from russet.text.tokenizer import CLIPTokenizer
 
+from ...conftest import MINI
 from .. import ldm_layout, ldm_tiny
 
 FAMILIES = tuple(ldm_tiny.UNETS)
@@ -268,8 +271,36 @@ def test_a_pipeline_gets_its_components_settings_and_no_safety_checker(files: di
 def test_a_file_of_another_family_is_refused_before_its_weights_are_read(files: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="StableDiffusionXLPipeline"):
         StableDiffusionPipeline.from_single_file(files["sdxl"], config=ldm_tiny.configs("sdxl"))
-    with pytest.raises(CheckpointError, match="StableDiffusionXLImg2ImgPipeline"):
-        DiffusionPipeline.from_single_file(files["sdxl-refiner"], config=ldm_tiny.configs("sdxl-refiner"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("sdxl", "StableDiffusionXLPipeline"), ("sdxl-refiner", "StableDiffusionXLImg2ImgPipeline")],
+)
+def test_a_file_of_xl_makes_the_picture_of_its_folder(
+    family: str, kind: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    import diffusers
+
+    tokenizers = {
+        name.replace("text_encoder", "tokenizer"): CLIPTokenizer.from_files(MINI / "tokenizer")
+        for name in ldm_tiny.configs(family)
+        if name.startswith("text_encoder")
+    }
+    pipe = DiffusionPipeline.from_single_file(files[family], config=ldm_tiny.configs(family), **tokenizers)
+    assert type(pipe).__name__ == kind
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "folder")
+    theirs = getattr(diffusers, kind).from_pretrained(tmp_path / "folder", add_watermarker=False)
+    theirs.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 4, "output_type": "np"}
+    if family == "sdxl-refiner":
+        values = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
+        given |= {"image": values, "strength": 0.8}
+    ours, wanted = (
+        one("a horse", generator=torch.Generator().manual_seed(0), **given).images for one in (pipe, theirs)
+    )
+    assert -10 * np.log10(np.square(ours - wanted).mean()) > 60
 
 
 def test_a_tokenizer_of_another_size_is_asked_for(files: dict[str, Path]) -> None:

@@ -13,15 +13,20 @@ FEW_POSITIONS = 128  # in all rows; and channels at least
 
 
 class CpuConv2d(nn.Conv2d):
-    """``nn.Conv2d`` in float32, in the ways that passes have switched on, where they are faster.
+    """``nn.Conv2d`` in the ways that passes have switched on, where they are faster.
 
-    by_winograd: 3×3 with fewer multiplications. by_onednn: 1×1, and 3×3 at few positions, as products by oneDNN.
+    In float32, by_winograd: 3×3 with fewer multiplications; by_onednn: 1×1, and 3×3 at few positions, as products by
+    oneDNN. In bfloat16, prepacked: the weight as oneDNN multiplies it.
     """
+
+    prepacked: onednn.PrepackedWeight | None = None
 
     by_winograd: bool = False
     by_onednn: bool = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.prepacked is not None and self.prepacked.takes(input, self.weight) and self._pads_numbers_of_zeros:
+            return self.prepacked.convolution(input, self)
         if torch.is_grad_enabled() or not self._is_plain or not onednn.takes(input, self.weight):
             return super().forward(input)
         bias = None if self.bias is None else self.bias[None]
@@ -33,6 +38,10 @@ class CpuConv2d(nn.Conv2d):
         if self.by_onednn and self._few(input):
             return of_patches(input, self.weight, self.bias)
         return super().forward(input)
+
+    @property
+    def _pads_numbers_of_zeros(self) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     @property
     def _is_plain(self) -> bool:

@@ -11,12 +11,16 @@ from russet.models.transformer import TokenProjection
 class OneDNNLinear(nn.Linear):
     """``nn.Linear``."""
 
+    prepacked: onednn.PrepackedWeight | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return onednn.linear(input, self.weight, self.bias)
+        return onednn.linear(input, self.weight, self.bias, self.prepacked)
 
 
 class OneDNNTokenProjection(TokenProjection):
     """``TokenProjection``."""
 
+    prepacked: onednn.PrepackedWeight | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return onednn.linear(input, self.weight.flatten(1), self.bias)
+        return onednn.linear(input, self.weight.flatten(1), self.bias, self.prepacked)
