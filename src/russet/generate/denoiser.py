@@ -48,7 +48,7 @@ def build_denoiser(
         )
     scale = conditioning.positive.get("timestep_cond")
     times = None
-    if plan["timestep_embeddings"] == "precomputed" and isinstance(unet, OptimizedUNet):
+    if plan["timestep_embeddings"] == "precomputed":
         times = TimestepCache(unet, timesteps, None if scale is None else scale[:1])
 
     def of(conditions: Conditioning, at_once: int) -> Predict:
