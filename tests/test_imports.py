@@ -24,7 +24,7 @@ ALLOWED = {
     "rng": {"errors"},
     "images": ROOT,
     "text": ROOT,
-    "models": ROOT | {"backends"},
+    "models": ROOT,
     "schedulers": ROOT,
     "hardware": ROOT,
     "backends": ROOT | {"models"},

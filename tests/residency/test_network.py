@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from russet.models.norms import ComposedGroupNorm
 from torch import nn
 
 import russet
+from russet.backends.layers import ComposedGroupNorm
 from russet.models.unet import UNet2DConditionModel
 from russet.planning.plan import Plan
 from russet.residency import network as residency
 
-from .test_placement import replanned
+from ..families import replanned
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 Z = torch.zeros(1, 4, 8, 8)

@@ -138,6 +138,7 @@ class Run(Generic[Output]):
         self.clock = Clock()
         self.interrupt = False
         self.notes: list[str] = size_notes(self.resolved.width, self.resolved.height, self.plan)
+        self.closed = False
         self._cancelled = False
         self._make_output = output
         self._output: Output | None = None
@@ -195,6 +196,7 @@ class Run(Generic[Output]):
 
     def close(self) -> None:
         """Gives the networks back; what is left of the run cannot be made any more. ``result`` does it, too."""
+        self.closed = True
         self._steps.close()  # type: ignore[attr-defined]
         networks, self._networks = self._networks, None
         if networks is not None:

@@ -198,7 +198,7 @@ class GenerationPipeline(DiffusionPipeline, Generic[Output]):
         now, and none that begins later.
         """
         run = current_run(self)
-        return any(one.stopped for one in self._open) if run is None else run.stopped
+        return any(one.stopped for one in self._open if not one.closed) if run is None else run.stopped
 
     @interrupt.setter
     def interrupt(self, value: bool) -> None:
