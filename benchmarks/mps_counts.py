@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import torch
@@ -116,16 +117,17 @@ def measure(pipe: Any, mac: VirtualMac, side: int) -> Result:
         pipe("a cat", height=side, width=side, num_inference_steps=steps, generator=seed)
 
     draw(1)
-    weights, forward, calls, runs = mac.account.live, pipe.unet.forward, [Counts()], {}
+    weights, calls, runs = mac.account.live, [Counts()], {}
 
-    def counted(*args: Any, **options: Any) -> Any:
+    def counted(self: nn.Module, *args: Any, **options: Any) -> Any:
         with mac.measure() as calls[0]:
-            return forward(*args, **options)
+            return nn.Module.__call__(self, *args, **options)
 
-    pipe.unet.forward = counted
-    for steps in STEPS:
-        with mac.measure() as runs[steps]:
-            draw(steps)
+    # The class's, since a network with a forward of its own is the user's, and Russet leaves it as it is.
+    with mock.patch.object(type(pipe.unet), "__call__", counted):
+        for steps in STEPS:
+            with mac.measure() as runs[steps]:
+                draw(steps)
     return Result(calls[0], runs, weights)
 
 

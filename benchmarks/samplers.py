@@ -29,7 +29,7 @@ from torch import Tensor
 
 from russet.rng import Noise
 from russet.schedulers import multistep, names, spacing
-from russet.schedulers.noise import Point
+from russet.schedulers.noise_levels import Point
 from russet.schedulers.scheduler import Scheduler
 
 SD = {

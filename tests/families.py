@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import torch
 
+from russet.models.base import Model
 from russet.models.unet import UNet2DConditionModel
+from russet.passes.prompt_cache import cached_prompt
+from russet.passes.timestep_embeddings import TimestepCache
 from russet.planning.plan import Plan
-from russet.residency import placement
+from russet.residency import network as residency
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 TINY = {
@@ -73,19 +78,30 @@ def conditions(unet: UNet2DConditionModel, rows: int, device: str | torch.device
     return made
 
 
+def replanned(plan: Plan, **changes: Any) -> Plan:
+    """The plan with some of its decisions made otherwise."""
+    decisions = tuple(dataclasses.replace(one, value=changes.get(one.name, one.value)) for one in plan.decisions)
+    return dataclasses.replace(plan, decisions=decisions)
+
+
+def in_form(found: Plan, network: Model, component: str = "unet") -> contextlib.AbstractContextManager[Any]:
+    """``with in_form(plan, unet): …``: the network computes as the plan wants it, where it is."""
+    use = residency.Use(component, found, network.device, None)
+    return residency.AtWork(residency.of(network), use)
+
+
+def answer(found: Plan, unet: Any, sample: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """One call of a UNet that is in the plan's form, as the denoiser makes it."""
+    text = cached_prompt(unet, context, found["prompt_cache"])
+    given, time = conditions(unet, len(sample), sample.device), 500.0
+    if found["timestep_embeddings"] == "precomputed":
+        cond = given.pop("timestep_cond", None)
+        known = TimestepCache(unet, [time], None if cond is None else cond[:1])(time)
+        return unet(sample, known, text, **given).sample
+    return unet(sample, time, text, **given).sample
+
+
 def carried_out(found: Plan, unet: UNet2DConditionModel, sample: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """One call of the network in the form that the plan asks for, where the network is."""
-    placement.carry_out(found, {"unet": unet})
-    placement.prepare(unet, found)
-    with placement.summing("unet", unet, found), torch.no_grad():
-        cache = found["prompt_cache"]
-        text = context
-        if cache != "off":
-            packed = cache == "packed keys and values"
-            text = unet.read(context, absorbed=cache == "folded into weights", together=packed)
-        given = conditions(unet, len(sample), sample.device)
-        if found["timestep_embeddings"] == "precomputed":
-            cond = given.pop("timestep_cond", None)
-            (time,) = unet.tell([500.0], None if cond is None else cond[:1])
-            return unet(sample, time, text, **given).sample
-        return unet(sample, 500.0, text, **given).sample
+    with in_form(found, unet), torch.no_grad():
+        return answer(found, unet, sample, context)

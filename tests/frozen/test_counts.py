@@ -65,16 +65,17 @@ def measured() -> dict[str, float]:
             pipe("a cat", num_inference_steps=steps, seed=0, output_type="np")
 
         generate(1)  # weights may be rearranged once
-        weights, forward = mac.account.live, pipe.unet.forward
+        weights = mac.account.live
 
-        def counted(*args: Any, **options: Any) -> Any:
+        def counted(self: nn.Module, *args: Any, **options: Any) -> Any:
             with mac.measure() as calls[0]:
-                return forward(*args, **options)
+                return nn.Module.__call__(self, *args, **options)
 
-        pipe.unet.forward = counted
-        for steps in (FEW, MANY):
-            with mac.measure() as runs[steps]:
-                generate(steps)
+        with pytest.MonkeyPatch.context() as patch:  # of the class: a network with a forward of its own is left alone
+            patch.setattr(russet.UNet2DConditionModel, "__call__", counted)
+            for steps in (FEW, MANY):
+                with mac.measure() as runs[steps]:
+                    generate(steps)
     few, many = runs[FEW], runs[MANY]
     return {
         "kernels a UNet call": calls[0].kernel_count,

@@ -1,4 +1,4 @@
-"""Pillow images to and from tensors."""
+"""Tensors as images."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from russet.errors import ArgumentTypeError, InputError
+from russet.errors import InputError
 from russet.images import conversion
-
-RED = Image.new("RGB", (4, 3), (255, 0, 0))
+from russet.images.inputs import read_pictures
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -19,7 +18,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 def test_every_8_bit_value_survives_the_way_in_and_out():
     picture = Image.fromarray(np.arange(256 * 3, dtype=np.uint32).reshape(16, 16, 3).astype(np.uint8))
-    (again,) = conversion.to_pil(conversion.from_pil(picture))
+    (again,) = conversion.to_pil(read_pictures("image", picture, multiple=1))
     assert np.array_equal(np.asarray(again), np.asarray(picture))
 
 
@@ -42,18 +41,6 @@ def test_pixels_are_in_range_and_float32_whatever_comes():
     assert array.max() == 1
 
 
-def test_from_pil_is_minus_one_to_one_and_drops_alpha():
-    x = conversion.from_pil([Image.new("RGBA", (5, 2), (255, 0, 127, 10)), Image.new("RGBA", (5, 2), (0, 255, 0, 255))])
-    assert x.shape == (2, 3, 2, 5)
-    assert x[0, :, 0, 0].tolist() == pytest.approx([1, -1, 127 / 127.5 - 1])
-
-
-def test_from_pil_refuses_what_is_no_batch_of_pictures():
-    with pytest.raises(InputError, match="one size"):
-        conversion.from_pil([RED, Image.new("RGB", (3, 4))])
-    with pytest.raises(InputError, match="none at all"):
-        conversion.from_pil([])
-    with pytest.raises(ArgumentTypeError):
-        conversion.from_pil([np.zeros((4, 4, 3))])
+def test_another_output_type_is_refused():
     with pytest.raises(InputError, match="output_type"):
         conversion.as_output(noise(1, 3, 2, 2), "jpg")

@@ -106,9 +106,9 @@ class Seen:
         assert all(torch.equal(*pair) for pair in zip(self.then, self.now, strict=True)), name
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def shared() -> Any:
-    """A plain UNet that every test leaves as it was, what it is asked, and what it answers."""
+    """A plain UNet, what it is asked, and what it answers."""
     network = unet()
     ask = Ask.of(network)
     with torch.no_grad():
@@ -116,9 +116,10 @@ def shared() -> Any:
 
 
 @pytest.fixture(scope="module")
-def plainly_seen(shared: Any) -> dict[str, list[Tensor]]:
+def plainly_seen() -> dict[str, list[Tensor]]:
     """What hooks see on the plain UNet."""
-    network, ask, _ = shared
+    network = unet()
+    ask = Ask.of(network)
     seen = {name: Seen(network.get_submodule(place)) for name, place in PLACES.items()}
     with torch.no_grad():
         ask.answer(network)

@@ -9,17 +9,20 @@ import pytest
 import torch
 
 import russet
+from russet import passes
 from russet.hardware.facts import GIB, Facts, mac
 from russet.models.autoencoder import Autoencoder
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
+from russet.passes.base import Pass
 from russet.planning.plan import MEANING, Request, plan
-from russet.planning.plan_types import PLAIN_PATHS, Decisions
+from russet.planning.plan_types import Decisions
 from russet.planning.workload import Workload
 
 from ..families import FAMILIES, VAE, carried_out, conditions
 
 SOURCE = Path(russet.__file__).parent
+NOT_APPLIED = Pass.__dataclass_fields__["apply"].default  # to a network; obeyed elsewhere
 METHODS = {"dtype", "attention", "width", "precise_attention"}  # of one component each
 
 
@@ -36,7 +39,7 @@ def reads(tree: ast.AST) -> set[str]:
 
 def named_plan(node: ast.AST) -> bool:
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return name == "plan"
+    return name in ("plan", "choices")  # those of a plan that passes are given
 
 
 def test_every_decision_is_read_outside_of_planning():
@@ -45,6 +48,7 @@ def test_every_decision_is_read_outside_of_planning():
         if path.relative_to(SOURCE).parts[0] not in ("planning", "diagnostics", "cli"):
             read |= reads(ast.parse(path.read_text(encoding="utf-8")))
     read |= {"dtype", "attention"} if METHODS & read else set()
+    read |= {one.name for one in passes.PASSES if one.apply is not NOT_APPLIED}
     unread = {name for name in MEANING if name.partition(".")[0] not in read}
     assert not unread, f"decisions that nothing obeys: {sorted(unread)}"
 
@@ -52,7 +56,7 @@ def test_every_decision_is_read_outside_of_planning():
 def test_every_decision_that_is_read_is_made():
     properties = {name for name, member in vars(Decisions).items() if isinstance(member, property)}
     assert properties <= set(MEANING)
-    assert set(PLAIN_PATHS) <= set(MEANING)
+    assert set(passes.OFF) <= set(MEANING)
 
 
 # --- families ---

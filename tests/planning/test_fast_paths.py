@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from russet.generate import timestep_cache
 from russet.hardware.facts import GIB, Facts, mac
-from russet.models import sums
-from russet.planning import memory, reference_models
+from russet.planning import reference_models
 from russet.planning.plan import Plan, Request, plan
 from russet.planning.workload import Workload
 
@@ -113,8 +111,3 @@ def test_who_wants_pytorchs_own_operations_gets_them():
     found = made(on(), fast_paths=False)
     assert paths(found) == PLAIN
     assert all(found.why(name).by == "user" for name in PLAIN)
-
-
-def test_estimates_and_networks_agree_on_what_is_copied():
-    assert (memory.ONES, memory.PADDED, memory.REPEATED) == (sums.ONES, sums.PADDED, sums.REPEATED)
-    assert memory.PRECOMPUTED == timestep_cache.AT_ONCE

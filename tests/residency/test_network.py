@@ -23,7 +23,7 @@ from russet.models.unet import UNet2DConditionModel
 from russet.planning.plan import Plan
 from russet.residency import network as residency
 
-from .test_placement import replanned
+from ..families import replanned
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 Z = torch.zeros(1, 4, 8, 8)

@@ -26,6 +26,8 @@ from russet.residency import network as residency
 from russet.residency.form import MEMORY_FORMATS, form_of
 from russet.residency.streaming import Streaming, own_parameters
 
+from ..families import replanned
+
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 
 
@@ -35,12 +37,6 @@ def own(tiny_folder: Path) -> Any:
     pipe = russet.DiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def replanned(plan: Plan, **changes: Any) -> Plan:
-    """The plan with some of its decisions made otherwise."""
-    decisions = tuple(dataclasses.replace(one, value=changes.get(one.name, one.value)) for one in plan.decisions)
-    return dataclasses.replace(plan, decisions=decisions)
 
 
 def weights_of(pipe: Any) -> dict[str, torch.device]:

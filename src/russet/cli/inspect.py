@@ -13,7 +13,7 @@ import click
 from russet.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
-    from russet.checkpoints.inspect_report import Report
+    from russet.checkpoints.inspect_report import CheckpointReport
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
@@ -41,7 +41,7 @@ def command(path: Path, size: str | None, device: str | None, as_json: bool) -> 
         click.echo("\n".join([str(report), *(f"  {name + ':':<22}{text}" for name, text in memory.items())]))
 
 
-def memory_for(report: Report, size: str, device: str | None) -> str:
+def memory_for(report: CheckpointReport, size: str, device: str | None) -> str:
     """The memory that an image of a size takes on a device, in words.
 
     Raises:

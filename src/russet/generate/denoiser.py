@@ -48,7 +48,7 @@ def build_denoiser(
         )
     scale = conditioning.positive.get("timestep_cond")
     times = None
-    if plan["timestep_embeddings"] == "precomputed" and isinstance(unet, OptimizedUNet):
+    if plan["timestep_embeddings"] == "precomputed":
         times = TimestepCache(unet, timesteps, None if scale is None else scale[:1])
 
     def of(conditions: Conditioning, at_once: int) -> Predict:
@@ -154,7 +154,7 @@ class UNetCall:
             x = repeated_rows(x, len(self.context))
         if branch is None:
             return (unet(x, t, text, **conditions, return_dict=False)[0].float(),)
-        emb = unet.embed(x, cast(Any, t), **conditions)
+        emb = unet.embed(x, cast(Any, t), class_labels=None, **conditions)
         output, deep_map = from_deep_map(unet, x, emb, text, branch, deep_map)
         return output.float(), deep_map
 

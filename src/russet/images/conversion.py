@@ -1,36 +1,16 @@
-"""Pillow images to and from tensors. Inside Russet an image is [B, 3, H, W] in -1..1, as the VAE has it."""
+"""Tensors as images: Pillow's, arrays, or tensors in 0..1. The VAE's own images are [B, 3, H, W] in -1..1."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from russet.errors import ArgumentTypeError, InputError
+from russet.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
-
-
-def from_pil(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
-    """Pillow images of one size as [B, 3, H, W] float32 in -1..1; transparency and palettes become plain RGB.
-
-    Raises:
-        ArgumentTypeError: one is no Pillow image.
-        InputError: there is none, or their sizes differ.
-    """
-    from PIL import Image
-
-    batch = [images] if isinstance(images, Image.Image) else list(images)
-    for image in batch:
-        if not isinstance(image, Image.Image):
-            raise ArgumentTypeError(f"an image must be a Pillow image, not {type(image).__name__}")
-    if len(sizes := {image.size for image in batch}) != 1:
-        raise InputError(f"the images must be of one size, not {sorted(sizes) or 'none at all'}")
-    pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in batch])
-    return torch.from_numpy(pixels / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def to_pil(x: torch.Tensor) -> list[Image.Image]:

@@ -90,15 +90,17 @@ class Attended:
             copies += (q + 2 * k) // self.dim * padded * inner
             q = q // self.dim * padded
         scores = self.scores(choice)
-        if choice.kind == "sliced":  # the scaled queries, scores and their softmax
-            scores = 2 * scores * inner + q * inner // 2
+        if choice.kind == "sliced":  # scores and their softmax, the values in order, and their product
+            taken = min(choice.rows or 1, self.batch * self.heads)
+            copied = 0 if self.heads == 1 else k
+            scores = 2 * scores * inner + taken * (q + copied) // (self.batch * self.heads) * inner
         elif choice.kind == "chunked":
             queries = self.rows(choice)
             step = min(choice.keys or self.keys, self.keys)
             if step == self.keys:  # float32 scores and their softmax
                 row = 8 * step
-            else:  # float32 scores, less their maximum, exponentials; and those of the keys before
-                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + 8 * padded
+            else:  # float32 scores, less their maximum, exponentials; and those of the keys before; sums and maxima
+                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + 8 * padded + 24
             scores = self.batch * self.heads * queries * row
             in_order = copies or self.heads == 1
             copies += q * inner + (0 if in_order else 2 * k * inner)  # scaled queries; keys and values in order

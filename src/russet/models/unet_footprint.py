@@ -11,7 +11,8 @@ def unet_peak(u: UNetConfig, rows: int, latents: tuple[int, int], how: Arithmeti
     walk = Walk(rows, how, timed=True)
     areas = [-(-latents[0] // (1 << n)) * -(-latents[1] // (1 << n)) for n in range(len(u.block_out_channels))]
     skips = [walk.map(areas[0], u.block_out_channels[0])]
-    walk.held = walk.map(areas[0], u.in_channels) + skips[0]
+    times = u.time_features + sum(stage.channels for stage in u.stages)  # of one row, or all rows have one time
+    walk.held = walk.map(areas[0], u.in_channels) + skips[0] + times * how.width
     for stage in u.input_stages:  # the outputs of all of them are held
         if stage.resampling == "down":
             out = walk.map(areas[stage.level + 1], stage.channels)

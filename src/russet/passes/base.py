@@ -55,11 +55,13 @@ class Changes:
         modules: the modules that passes may change, each once, as they are when passes are applied: the network and all
             beneath it but what ``torch.compile`` computes.
         blocks_optimized: whether ``optimize_blocks`` has been here.
+        copied: whether weights were copied, so that undoing the changes frees memory.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.modules = tuple(changeable(network))
         self.blocks_optimized = False
+        self.copied = False
         self._undo: list[tuple[nn.Module, str, Any, Any]] = []  # module, attribute, value, value before
 
     def set_class(self, module: nn.Module, cls: type[nn.Module]) -> None:
@@ -161,12 +163,17 @@ class Footprint:
     """What a pass does to the memory of a call.
 
     kept: bytes that are made before the first step and kept to the last. kept_after: those that stay for the next run.
-    walk: fields of ``russet.models.footprint.Arithmetic`` that it sets.
+    walk: fields of ``russet.models.footprint.Arithmetic`` that it sets, for the networks of ``components``.
     """
 
     kept: int = 0
     kept_after: int = 0
     walk: Mapping[str, Any] = field(default_factory=dict)
+    components: tuple[str, ...] = ("unet", "vae")
+
+
+OPTIMIZED_UNET = Footprint(walk={"donates": True}, components=("unet",))
+"""Of a pass that needs a UNet's blocks in their optimized form, which donate their buffers."""
 
 
 @dataclass(frozen=True, kw_only=True)

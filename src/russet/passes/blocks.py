@@ -45,6 +45,10 @@ CONTAINERS = {nn.ModuleList, nn.Sequential, UpDecoderBlock2D, vae_blocks.UNetMid
 """Classes of modules that only hold others."""
 
 
+NOTHING = {nn.Identity, nn.Dropout}
+"""Classes of modules that compute nothing outside of training."""
+
+
 def optimize_blocks(network: nn.Module, changes: Changes) -> None:
     """Gives every block that is as Russet made it its optimized class; does nothing the second time."""
     if not changes.blocks_optimized:
@@ -60,7 +64,7 @@ def _visit(module: nn.Module, changes: Changes) -> bool:
     for child in module._modules.values():
         if child is not None:
             child_whole = _visit(child, changes)
-            whole = whole and (child_whole or (type(child) is nn.Dropout and not hooked(child)))
+            whole = whole and (child_whole or (type(child) in NOTHING and not hooked(child)))
     if type(module) in OPTIMIZED and is_ours(module, whole):
         changes.set_class(module, OPTIMIZED[type(module)])
     return whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from russet.passes.base import Pass, Situation
 
 LARGE = 32 * 2**20
@@ -12,14 +14,21 @@ def decide(situation: Situation) -> tuple[bool, str]:
     workload, decided = situation.workload, situation.decided
     if not situation.facts.glibc:
         return False, "only glibc with its default settings is known to gain from it"
-    height, width = workload.latents
     rows = workload.rows * min(decided["micro_batch"], workload.images)
-    widest = (
-        3 * rows * height * width * workload.unet.block_out_channels[0] * decided.width("unet")
-    )  # the joined map and its norm
-    if widest < LARGE:
+    if rows * largest_map(workload) * decided.width("unet") < LARGE:
         return False, "the feature maps are small enough for glibc to keep them by itself"
     return True, "glibc would return every feature map to the system, which clears the next one's pages each time"
+
+
+def largest_map(workload: Any) -> int:
+    """Numbers in the largest tensor of a row: a joined map, or the product of a gated layer."""
+    height, width = workload.latents
+    sizes = [
+        -(-height // (1 << stage.level)) * -(-width // (1 << stage.level))
+        * max(stage.inputs, 8 * stage.channels if stage.depth else 0)
+        for stage in workload.unet.stages
+    ]  # fmt: skip
+    return int(max(sizes))
 
 
 RULES = {"unet": "kept", "vae": "returned"}

@@ -17,7 +17,7 @@ from russet.backends.blocks.transformer import OptimizedAttention
 from russet.backends.blocks.unet import OptimizedUNet
 from russet.backends.gemm_heuristics import ONES
 from russet.backends.ops import flat_linear
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
 
@@ -126,4 +126,5 @@ PASS = Pass(
     elsewhere="one large matrix product is no faster than three smaller ones on a CPU",
     decide=decide,
     apply=apply,
+    footprint=lambda situation: Footprint(walk={"donates": True}),
 )

@@ -17,6 +17,7 @@ Letters: R rows of text, M words, N tokens, H heads, D features of a head, C = H
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,16 @@ from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
 from russet.models.attention import is_fused, padded_heads
 from russet.models.transformer import Attention
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, changeable
+from russet.passes.base import (
+    LAYER_BY_LAYER,
+    OPTIMIZED_UNET,
+    Changes,
+    Choices,
+    Footprint,
+    Pass,
+    Situation,
+    changeable,
+)
 from russet.passes.blocks import optimize_blocks
 from russet.passes.packed_projections import PackedLinears, alike
 
@@ -197,8 +207,9 @@ def folded_bytes(situation: Situation) -> int:
 
 def footprint(situation: Situation) -> Footprint:
     if situation.decided["prompt_cache"] == FOLDED:
-        return Footprint(kept=folded_bytes(situation), walk={"folded": True})
-    return Footprint(kept=cached_bytes(situation))
+        walk = {**OPTIMIZED_UNET.walk, "folded": True}
+        return replace(OPTIMIZED_UNET, kept=folded_bytes(situation), walk=walk)
+    return replace(OPTIMIZED_UNET, kept=cached_bytes(situation))
 
 
 PASS = Pass(

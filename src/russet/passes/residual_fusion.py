@@ -12,6 +12,8 @@ Letters: B batch, N tokens, H heads, D features of a head, C = H·D channels.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ from russet.hardware.facts import gigabytes
 from russet.hardware.known_bugs import affected
 from russet.models.attention import AttentionFunction, padded, padded_heads, padded_size
 from russet.models.transformer import Attention, BasicTransformerBlock
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation
+from russet.passes.base import LAYER_BY_LAYER, OPTIMIZED_UNET, Changes, Choices, Footprint, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 from russet.passes.packed_projections import PackedLinears, packs
 
@@ -142,6 +144,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     optimize_blocks(network, changes)
     copies, rows = choices["residual_fusion"] == "with weight copies", choices.rows
+    changes.copied = changes.copied or copies
     for module in changes.modules:
         if isinstance(module, OptimizedTransformer2D) and fuses(module):
             changes.set(module, "fused_residuals", FusedResiduals(module, copies))
@@ -196,7 +199,7 @@ def copied_bytes(situation: Situation, pad: tuple[int, ...] = ()) -> int:
 def footprint(situation: Situation) -> Footprint:
     copies = situation.decided["residual_fusion"] == "with weight copies"
     kept = copied_bytes(situation, situation.decided.attention("unet").pad) if copies else 0
-    return Footprint(kept=kept, walk={"residual_fusion": True})
+    return replace(OPTIMIZED_UNET, kept=kept, walk={**OPTIMIZED_UNET.walk, "residual_fusion": True})
 
 
 PASS = Pass(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from russet.backends.blocks.unet import OptimizedUNet
-from russet.passes.base import Changes, Choices, Pass, Situation
+from russet.passes.base import OPTIMIZED_UNET, Changes, Choices, Pass, Situation
 from russet.passes.blocks import optimize_blocks
 
 
@@ -40,4 +40,5 @@ PASS = Pass(
     elsewhere="",
     decide=decide,
     apply=apply,
+    footprint=lambda situation: OPTIMIZED_UNET,
 )

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from russet.backends.blocks.inputs import TimeShifts
 from russet.backends.blocks.unet import OptimizedUNet
 from russet.models.embeddings import TimestepEmbedding
-from russet.passes.base import LAYER_BY_LAYER, Changes, Choices, Footprint, Pass, Situation, holds_untouched
+from russet.passes.base import (
+    LAYER_BY_LAYER,
+    OPTIMIZED_UNET,
+    Changes,
+    Choices,
+    Footprint,
+    Pass,
+    Situation,
+    holds_untouched,
+)
 from russet.passes.blocks import optimize_blocks
 
 AT_ONCE = 50  # times that are computed at once; Stable Diffusion 1.5's take 2 MB in half precision
@@ -21,19 +31,20 @@ class TimestepCache:
     timestep_cond: the vector [1, D] that a UNet distilled with guidance takes with each of them.
     """
 
-    def __init__(self, unet: OptimizedUNet, timesteps: Sequence[float], timestep_cond: Tensor | None = None) -> None:
+    def __init__(self, unet: nn.Module, timesteps: Sequence[float], timestep_cond: Tensor | None = None) -> None:
         self.unet, self.timesteps, self.timestep_cond = unet, tuple(timesteps), timestep_cond
         self._made: dict[float, TimeShifts] = {}
 
     def __call__(self, t: float) -> TimeShifts | None:
         """One time; None if it is no time of the run, or has to be computed in the call."""
         if t not in self._made:
-            if t not in self.timesteps or not self.unet.precomputes_times:
+            unet = self.unet  # optimized while it works, and plain when a run makes its denoiser
+            if t not in self.timesteps or not isinstance(unet, OptimizedUNet) or not unet.precomputes_times:
                 return None
             start = self.timesteps.index(t)
             coming = self.timesteps[start : start + AT_ONCE]
-            cond = None if self.timestep_cond is None else self.timestep_cond.to(self.unet.device, self.unet.dtype)
-            self._made = dict(zip(coming, self.unet.precompute_times(coming, cond), strict=True))
+            cond = None if self.timestep_cond is None else self.timestep_cond.to(unet.device, unet.dtype)
+            self._made = dict(zip(coming, unet.precompute_times(coming, cond), strict=True))
         return self._made[t]
 
 
@@ -68,7 +79,7 @@ def precomputed_bytes(situation: Situation) -> int:
 
 
 def footprint(situation: Situation) -> Footprint:
-    return Footprint(kept=precomputed_bytes(situation))
+    return replace(OPTIMIZED_UNET, kept=precomputed_bytes(situation))
 
 
 PASS = Pass(

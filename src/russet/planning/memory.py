@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from russet.hardware.facts import Facts
 from russet.models.clip_footprint import tower_peak
@@ -136,12 +137,15 @@ def on_cuda(found: Decisions) -> bool:
     return bool(found["offload_target"] == "cpu")
 
 
-def phase_activations(workload: Workload, found: Decisions, footprints: Iterable[Footprint]) -> dict[str, int]:
+def phase_activations(workload: Workload, found: Decisions, footprints: Sequence[Footprint]) -> dict[str, int]:
     """Peak activation bytes of each phase, in the order they happen."""
-    walk = {name: value for one in footprints for name, value in one.walk.items()}
 
-    def half(component: str) -> bool:
-        return found.width(component) < 4
+    def walk(component: str) -> dict[str, Any]:
+        parts = [one.walk for one in footprints if component in one.components]
+        fields = {name: value for part in parts for name, value in part.items()}
+        if found.width(component) < 4:
+            fields.pop("conv_workspace", None)  # only float32 is convolved otherwise
+        return fields
 
     def how(component: str) -> Arithmetic:
         attention = AttentionChoice() if component == "safety_checker" else found.attention(component)
@@ -150,7 +154,7 @@ def phase_activations(workload: Workload, found: Decisions, footprints: Iterable
             attention=attention,
             norm_workspace=workarounds.norm_workspace(found),
             reordered=reordered(found),
-            **({name: value for name, value in walk.items() if name != "conv_workspace"} if half(component) else walk),
+            **walk(component),
         )
 
     needs = {}

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from typing_extensions import Self
 
 from russet.errors import ArgumentTypeError, InputError
+from russet.passes import PASSES
 
 COMPONENTS = ("text_encoder", "unet", "vae", "safety_checker")
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -46,6 +47,7 @@ MEANING: Mapping[str, str] = {
     " share one memory and moving them would free nothing",
     "size_multiple": "widths and heights that are not a multiple of this many pixels get a note in the result",
     "warm_up": "True: before the first call on a device, one step is computed and discarded",
+    **{one.name: one.meaning for one in PASSES},
 }
 
 

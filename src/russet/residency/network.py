@@ -22,7 +22,7 @@ from torch import nn
 
 from russet.backends.cuda.graphs import Graphs
 from russet.backends.module_list import modules, places
-from russet.checkpoints.pending_weights import PendingWeights
+from russet.checkpoints.load import PendingWeights
 from russet.errors import InputError
 from russet.passes.base import Changes
 from russet.planning.plan import Plan
@@ -337,6 +337,9 @@ class ManagedNetwork:
             for other in _visitors():
                 if other is not self and not other._uses and other._device == form.device:
                     other.rest()
+            for other in _copies():
+                if other is not self and not other._uses and other._device == form.device:
+                    other.free_copies()
             if self._form is not None and self._form != form:
                 self._end_form()
             self._arrive(form)
@@ -373,6 +376,9 @@ class ManagedNetwork:
         if self._arranged != (wanted, places(network)):  # weights were packed
             self._arranged = wanted, places(network)
             self._remember()
+        if self._applied.copied:
+            with _LOCK:
+                _COPIES.add(self)
         if form.streamed and form.device != CPU:
             self._streaming = Streaming(network, form.device)
 
@@ -386,11 +392,22 @@ class ManagedNetwork:
         if self._applied is not None:
             self._applied.undo()
             self._applied = None
+            with _LOCK:
+                _COPIES.discard(self)
         freed_memory.release(self)
         if self._own_dtype is not None:
             own, self._own_dtype = self._own_dtype, None
             value = weights.first(self.network)
             self._move(CPU if value is None else value.device, own)
+
+    def free_copies(self) -> None:
+        """Frees copies of weights while another network works, which may take all memory; a plain network until then.
+
+        They are made again in a few milliseconds: once a run, where a network works again after another one.
+        """
+        with self._transition():
+            if not self._uses:
+                self._end_form()
 
     def _finish(self) -> None:
         """What remains to be done when nobody uses the network any more; nothing while somebody does."""
@@ -417,6 +434,7 @@ class ManagedNetwork:
 
 _MANAGED: weakref.WeakKeyDictionary[nn.Module, ManagedNetwork] = weakref.WeakKeyDictionary()
 _VISITORS: weakref.WeakSet[ManagedNetwork] = weakref.WeakSet()  # on a device where they do not rest
+_COPIES: weakref.WeakSet[ManagedNetwork] = weakref.WeakSet()  # that hold copies of weights
 _TURNS: dict[torch.device, threading.RLock] = {}
 _LOCK = threading.RLock()
 
@@ -436,6 +454,11 @@ def of(network: nn.Module) -> ManagedNetwork:
 def _visitors() -> list[ManagedNetwork]:
     with _LOCK:
         return [*_VISITORS]
+
+
+def _copies() -> list[ManagedNetwork]:
+    with _LOCK:
+        return [*_COPIES]
 
 
 def _visit(managed: ManagedNetwork) -> None:

@@ -47,9 +47,10 @@ class OptimizedResnet(ResnetBlock2D):
         if beside is not None:
             x = beside
         if self.scale_shift and shift is not None:
-            h = ops.group_norm(whole_conv(ops, h, self.conv1), self.norm2)
+            h = whole_conv(ops, h, self.conv1)  # in two lines, so that what was convolved is free
+            h = ops.group_norm(h, self.norm2)
             scale, offset = shift[:, :, None, None].chunk(2, dim=1)
-            h = IN_PLACE.get(self.act, self.act)(h * (1 + scale) + offset)
+            h = IN_PLACE.get(self.act, self.act)(h.mul_(1 + scale).add_(offset))
         else:
             h, rest = ops.conv(h, self.conv1, shift, includes_bias=includes_bias)
             h = ops.group_norm(h, self.norm2, self.act, rest, donated=True)
