@@ -145,8 +145,8 @@ def test_what_is_computed_of_a_text_and_times_beforehand_has_the_unets_precision
     with VirtualMac(bugs=["mixed-operands"]):
         unet = made(UNet2DConditionModel, UNET, time_cond_proj_dim=16).half().to("mps")
         x, text, scale = noise(2, 4, 16, 16).to("mps"), noise(2, 7, 32).to("mps"), noise(1, 16).to("mps")
-        time = unet.tell([900, 500], scale)[1]
-        assert unet(x, time, unet.read(text)).sample.dtype == torch.float16
+        time = TimestepCache(unet, [900, 500], scale)(500)
+        assert unet(x, time, cached_prompt(unet, text, "keys and values")).sample.dtype == torch.float16
 
 
 def test_pictures_and_latents_take_the_precision_of_an_autoencoder_and_of_a_vision_tower():

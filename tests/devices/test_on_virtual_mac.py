@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from russet.models.norms import ComposedGroupNorm
+from russet.backends.layers import ComposedGroupNorm
 from torch import nn
 
 from russet import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
