@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import russet
+from russet import passes
 from russet.backends.cuda.graphs import Graphs
 from russet.errors import ArgumentTypeError, InputError
 from russet.generate.denoiser import UNetCall
 from russet.generate.guidance import guidance_embedding
+from russet.passes.base import Choices
 
 FAST = {"num_inference_steps": 4, "output_type": "latent", "seed": 1}
 INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
@@ -307,20 +309,20 @@ class Replayed(Graphs):
 @pytest.mark.parametrize("width", [None, 24])
 def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, prompt_cache: str, tiny: Any) -> None:
     unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=width).requires_grad_(False)
-    unet.lay_together()
+    passes.apply(unet, "unet", Choices({**passes.OFF, "offload": None, "prompt_cache": prompt_cache}, rows=2))
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     rows = {"encoder_hidden_states": context}
     if width is not None:
         rows["timestep_cond"] = guidance_embedding(7.5, width).expand(2, -1)
-    graphs = Replayed()
+    graphs, branches = Replayed(), len(unet.output_stages) - 1
     plain, recorded = (UNetCall(unet, rows, prompt_cache=prompt_cache, graphs=one) for one in (None, graphs))
     assert torch.equal(plain(x, 600.0), recorded(x, 600.0))
-    for branch in range(unet.deep_branches):
+    for branch in range(branches):
         output, kept = plain.with_deep_map(x, 600.0, branch)
         assert all(map(torch.equal, recorded.with_deep_map(x, 600.0, branch), (output, kept)))
         moved = plain.with_deep_map(x + 1, 500.0, branch, kept)
         assert all(map(torch.equal, recorded.with_deep_map(x + 1, 500.0, branch, kept), moved))
-    assert len(set(graphs.names)) == 1 + 2 * unet.deep_branches, "each kind of call is a recording of its own"
+    assert len(set(graphs.names)) == 1 + 2 * branches, "each kind of call is a recording of its own"
 
 
 # -- how near the embedded model's pictures stay
