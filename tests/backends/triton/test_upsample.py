@@ -155,7 +155,7 @@ def test_the_doubled_map_is_not_predicted_where_there_is_none():
     how = Arithmetic(width=2, transposed=True)
 
     def peak(side: int, how: Arithmetic, area: int | None = None) -> int:
-        walk = Walk(2, how)
+        walk = Walk(2, how, {})
         walk.upsample(walk.map(side * side, 64), 64, 4 * side * side if area is None else area)
         return walk.peak
 
