@@ -39,8 +39,8 @@ def make_folder(folder: Path) -> None:
     import torch
 
     from russet.checkpoints import save
-    from russet.checkpoints.load_state_dict import build, fill
-    from russet.checkpoints.locate import MINI
+    from russet.checkpoints.arguments import MINI
+    from russet.checkpoints.load_state_dict import build, load_state_dict
     from russet.models.clip_text import CLIPTextModel
     from russet.models.unet import UNet2DConditionModel
     from russet.models.vae import AutoencoderKL
@@ -64,7 +64,7 @@ def make_folder(folder: Path) -> None:
         "text_encoder": build(CLIPTextModel, text),
     }
     for part, model in models.items():
-        fill(model, {name: Random(tuple(value.shape)) for name, value in model.state_dict().items()}, part)
+        load_state_dict(model, {name: Random(tuple(value.shape)) for name, value in model.state_dict().items()}, part)
     others = {"tokenizer": CLIPTokenizer.from_files(MINI / "tokenizer"), "scheduler": PNDMScheduler()}
     absent = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     save.pipeline(folder, "StableDiffusionPipeline", {**models, **others, **absent}, {"requires_safety_checker": False})

@@ -18,7 +18,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from russet.checkpoints.locate import MINI
+from russet.checkpoints.arguments import MINI
 
 BASELINE = "import torch"
 CASES = {

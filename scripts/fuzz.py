@@ -34,11 +34,11 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from russet.checkpoints import load
-from russet.checkpoints.formats.opening import Weights, open_shards, open_weights
+from russet.checkpoints.arguments import MINI
 from russet.checkpoints.formats.pickles import unpickle
 from russet.checkpoints.formats.torch_files import _ALLOWED
+from russet.checkpoints.formats.weight_files import Weights, open_shards, open_weights
 from russet.checkpoints.inspect import inspect
-from russet.checkpoints.locate import MINI
 from russet.checkpoints.single_file import prediction
 from russet.errors import RussetError
 

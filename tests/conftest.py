@@ -15,6 +15,7 @@ from . import absent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the Hub bring a server of their own
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")  # without AMX: Russet's default is bfloat16 with it
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process for each core: more threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # which programs that tests start read
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read it when it was imported

@@ -88,7 +88,7 @@ GEOMETRIES = {"sd15": SD15, "tiny": TINY}
 def make_folder(folder: Path, geometry: Geometry, device: str) -> None:
     """Writes the model in half precision as a folder in Diffusers' form; the tokenizer is the embedded model's."""
     from russet.checkpoints import save
-    from russet.checkpoints.locate import MINI
+    from russet.checkpoints.arguments import MINI
     from russet.models.clip_text import CLIPTextModel
     from russet.models.unet import UNet2DConditionModel
     from russet.models.vae import AutoencoderKL

@@ -10,6 +10,7 @@ The public names, those in ``HOMES``, are imported when first used: ``import rus
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,13 @@ __all__ = [*HOMES]
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'russet' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)
+    collecting = gc.isenabled()
+    gc.disable()  # imports leave next to no garbage, and a full collection goes through all objects of torch
+    try:
+        value = globals()[name] = getattr(importlib.import_module(HOMES[name]), name)
+    finally:
+        if collecting:
+            gc.enable()
     return value
 
 

@@ -1,4 +1,4 @@
-"""A component's config: a frozen dataclass that also reads like the dict it is saved as.
+"""A component's config: a frozen dataclass that can also be read like the dict it is saved as.
 
 Each component declares a subclass of ``Config`` whose fields carry the names and the defaults of the checkpoint's JSON.
 Keys that no field knows are kept in ``extra``, so that re-saving loses nothing.
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Mapping[str, Any]):
-    """Base of all configs: ``config.sample_size``, ``config["sample_size"]`` and ``{**config}`` say the same.
+    """Base of all configs: ``config.sample_size``, ``config["sample_size"]`` and ``{**config}`` give the same values.
 
     Fields are checked against their annotations when the config is made; a subclass adds rules that a type cannot
-    say in ``check``. JSON lists become tuples.
+    express in ``check``. JSON lists become tuples.
 
     Raises:
         ConfigError: a value has the wrong type, or breaks a rule of ``check``.
@@ -62,8 +62,8 @@ class Config(Mapping[str, Any]):
         known = field_types(cls)
         fields = {key: value for key, value in data.items() if key in known}
         extra = {key: value for key, value in data.items() if key not in known}
-        if odd := [key for key, value in extra.items() if not key.startswith("_") and value is not None]:
-            log.info("%s: keys kept but not used: %s", where or cls.__name__, ", ".join(sorted(odd)))
+        if unused := [key for key, value in extra.items() if not key.startswith("_") and value is not None]:
+            log.info("%s: keys kept but not used: %s", where or cls.__name__, ", ".join(sorted(unused)))
         try:
             return cls(**fields, extra=extra)
         except ConfigError as error:
@@ -129,18 +129,12 @@ def conforms(value: Any, kind: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in options)
     if origin is tuple:
         items = options[:1] * len(value) if isinstance(value, tuple) and options[-1] is ... else options
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(items)
-            and all(conforms(item, option) for item, option in zip(value, items, strict=True))
-        )
-    if origin is not None:
-        return isinstance(value, origin)
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(conforms, value, items))
+    if kind in (int, float) and isinstance(value, bool):
+        return False
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, origin or kind)
 
 
 def spelled(kind: Any) -> str:

@@ -1,7 +1,7 @@
-"""Small files: text read whole within a bound, anything written aside and then renamed.
+"""Small files: text is read whole within a limit; anything is written to a temporary file, which is then renamed.
 
-A checkpoint's JSON files and word lists come from strangers, so reading ends in one of our errors whatever they hold;
-and a write that is cut short (disk full, Ctrl-C) leaves the old file as it was.
+A checkpoint's JSON files and word lists may be hostile, so whatever they hold, reading raises none but Russet's errors.
+A write that is cut short (disk full, Ctrl-C) leaves the old file as it was.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        MissingFile: it is not there.
-        CorruptFile: it is larger than ``LARGEST``, not UTF-8, or only a Git LFS pointer to the real file.
-        CheckpointError: it may not be read.
+        MissingFile, CheckpointError: it is not there, or cannot be read.
+        CorruptFile: it is larger than ``LARGEST``, not UTF-8, or a Git LFS pointer.
     """
     try:
         with open(path, "rb") as file:
@@ -47,12 +46,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        MissingFile, CheckpointError: as ``read_text``.
-        CorruptFile: the file is no JSON that ``parse_json`` takes, or its outermost value is no object.
-    """
+    """The JSON object in a file; raises as ``read_text`` and ``parse_json`` do, and CorruptFile if it is no object."""
     text = read_text(path)
     if not text.strip():
         raise CorruptFile(f"{path} is empty; download it again")
@@ -66,7 +60,7 @@ def parse_json(data: str | bytes, where: str, *, unique: bool = False) -> Any:
     """Parses JSON (UTF-8) that may be hostile; ``unique`` refuses a key that is given twice.
 
     Raises:
-        CorruptFile: it is not JSON, nests deeper than ``DEEPEST``, or has an integer of absurd length.
+        CorruptFile: it is not JSON, nests deeper than ``DEEPEST``, or has an integer of more than 100 digits.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
@@ -75,22 +69,13 @@ def parse_json(data: str | bytes, where: str, *, unique: bool = False) -> Any:
         raise CorruptFile(f"{where}: its JSON nests too deep") from None
     except ValueError as error:  # bad UTF-8, bad JSON, and the two of our own below
         raise CorruptFile(f"{where}: its JSON cannot be read: {str(error)[:300]}") from None
-    if _deeper(parsed, DEEPEST):
+    level = [parsed] if isinstance(parsed, (dict, list)) else []  # the containers at one depth
+    for _ in range(DEEPEST):
+        children = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+        level = [child for child in children if isinstance(child, (dict, list))]
+    if level:
         raise CorruptFile(f"{where}: its JSON nests too deep")
     return parsed
-
-
-def _deeper(data: Any, limit: int) -> bool:
-    """Whether lists and objects nest more than ``limit`` times, found without recursion."""
-    level = [data]
-    for _ in range(limit):
-        level = [
-            child
-            for item in level
-            if isinstance(item, (dict, list))
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def _bounded_int(digits: str) -> int:

@@ -1,18 +1,18 @@
-"""Noise out of random streams: independent draws, and increments of a Brownian path.
+"""Noise from random number generators: independent draws, and increments of a Brownian path.
 
-Noise of a seed is drawn in float32 on the CPU, then moved, so that a seed means the same picture on every device and
-in every precision. Noise of the caller's generators is drawn where they are and in the precision of the model, as
-Diffusers draws it: on some devices half precision's numbers are not float32's, rounded. With one stream per image
-(``seed=`` or a list of generators) a picture does not depend on the batch it is made in. A single generator is drawn
-from for the whole batch at once, which is the order that Diffusers draws in. The order of draws, first the starting
-noise and then the solver's noise step by step, is public behaviour.
+Noise of a seed is drawn in float32 on the CPU, then moved, so that a seed gives the same image on every device and in
+every precision. Noise of the caller's generators is drawn on their device in the precision of the model, as in
+Diffusers: on some devices the numbers in half precision are not those in float32, rounded. With one generator per image
+(``seed=`` or a list of generators) an image does not depend on its batch. A single generator draws for the whole batch
+at once, in Diffusers' order. The order of draws, first the starting noise and then the solver's noise step by step, is
+public behaviour.
 
 A Brownian path is a virtual tree (arXiv:2001.01328, section 4): its value anywhere is found by halving an interval
-and drawing the middle given both ends, each draw seeded by its place in the tree. So the path depends on the seed
+and drawing the middle given both ends, each draw seeded by its node of the tree. So the path depends on the seed
 alone, not on the number of steps nor on their order, and nothing is stored.
 
-Its clock is 1/sigma². From noise level a to b an ancestral step scales the noise by (b/a)² and adds a variance of
-b²(a² - b²)/a² = b⁴(1/b² - 1/a²): on this clock the noise of one large step is exactly what its parts add up to.
+Its time is 1/sigma². From noise level a to b an ancestral step scales the noise by (b/a)² and adds a variance of
+b²(a² - b²)/a² = b⁴(1/b² - 1/a²): in this time the noise of one large step is the sum of that of its parts.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ SPAN = 40.0  # log2 of the clock runs from -SPAN to SPAN
 def draw(
     shape: Sequence[int], generators: Sequence[Generator], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Standard normal noise, float32, drawn where the generators are and moved to ``device``.
+    """Standard normal noise, float32, drawn in ``dtype`` on the generators' device and moved to ``device``.
 
     generators: none (torch's global one on the CPU), one for the whole batch, or one per image.
-    dtype: the precision to draw in.
     """
     if len(generators) > 1:
         one = (1, *shape[1:])
@@ -67,26 +66,26 @@ class NoiseSource:
         return draw(self.shape, self.generators, self.device, self.dtype)
 
     def state(self) -> list[Tensor]:
-        """Where each stream stands, for ``restore``."""
-        return [generator.get_state() for generator in self.streams]
+        """The state of each generator, for ``restore``."""
+        return [generator.get_state() for generator in self._streams]
 
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Sets every stream back to where it stood."""
-        for generator, one in zip(self.streams, state, strict=True):
+        """Sets the generators back to an earlier state."""
+        for generator, one in zip(self._streams, state, strict=True):
             generator.set_state(one)
 
     @property
-    def streams(self) -> tuple[Generator, ...]:
+    def _streams(self) -> tuple[Generator, ...]:
         return self.generators or (torch.default_generator,)
 
 
 def generators_of(seeds: Sequence[int]) -> tuple[Generator, ...]:
-    """One CPU stream per image."""
+    """A CPU generator for each image."""
     return tuple(Generator().manual_seed(seed) for seed in seeds)
 
 
 class Noise:
-    """What a solver is given. draw: gives standard normal [B, C, h, w], float32."""
+    """The noise of a solver. draw: returns standard normal [B, C, h, w], float32."""
 
     def __init__(self, draw: Callable[[], Tensor]):
         self.draw = draw

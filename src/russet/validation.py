@@ -1,4 +1,4 @@
-"""Checks of what a caller gave: every one says the argument's name, what is allowed and what came."""
+"""Checks of arguments. Each error names the argument, what is allowed and what was given."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
-    """A whole number in a range; a bool is none."""
+    """A whole number in a range; not a bool."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be a whole number, not {shown(value)}")
     return int(in_range(name, int(value), least, most))
 
 
 def number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> float:
-    """A finite number in a range; a bool is none."""
+    """A finite number in a range; not a bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be a number, not {shown(value)}")
     if not math.isfinite(value):
@@ -47,21 +47,21 @@ def in_range(name: str, value: float, least: float | None, most: float | None) -
 
 
 def flag(name: str, value: Any) -> bool:
-    """A bool and nothing else."""
+    """A bool."""
     if not isinstance(value, bool):
         raise ArgumentTypeError(f"{name} must be True or False, not {shown(value)}")
     return value
 
 
 def function(name: str, value: Any) -> Callable[..., Any]:
-    """Something that can be called."""
+    """A callable."""
     if not callable(value):
         raise ArgumentTypeError(f"{name} must be a function, not {shown(value)}")
     return value  # type: ignore[no-any-return]
 
 
 def one_of(name: str, value: Any, options: Sequence[str]) -> str:
-    """One of a few words."""
+    """One of a few strings."""
     choices = ", ".join(map(repr, options))
     if not isinstance(value, str):
         raise ArgumentTypeError(f"{name} must be one of {choices}, not {shown(value)}")
@@ -100,22 +100,22 @@ def falling(name: str, values: Sequence[float]) -> None:
 
 
 def timesteps(name: str, values: Sequence[float], last: float, whole: bool = False) -> None:
-    """Raises InputError unless all lie in a table of 0..last, and are whole numbers where they have to be."""
+    """Raises InputError unless all are in 0..last, and with ``whole`` are whole numbers."""
     for t in values:
         if not 0 <= t <= last:
             raise InputError(f"{name} must lie in 0..{last:g}, where the model was trained; {t:g} does not")
         if whole and t != round(t):
-            raise InputError(f"{name} must be whole numbers for this scheduler; {t:g} is none")
+            raise InputError(f"{name} must be whole numbers for this scheduler; {t:g} is not")
 
 
 def exactly_one(ways: Mapping[str, Any]) -> None:
-    """Raises InputError unless one of the arguments is given, and no other."""
+    """Raises InputError unless exactly one of the arguments is given."""
     if len(given := [name for name, value in ways.items() if value is not None]) != 1:
         raise InputError(f"give exactly one of {', '.join(ways)}, not {' and '.join(given) or 'none'}")
 
 
 def span(name: str, value: Any) -> tuple[float, float]:
-    """A part of the way from 0 to 1: where it begins, and where it ends."""
+    """A part of the interval from 0 to 1: its start and its end."""
     ends = numbers_list(name, value)
     if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1:
         raise InputError(f"{name} must be two numbers, 0 <= start < end <= 1, not {shown(value)}")
@@ -137,7 +137,7 @@ def tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> Tensor:
 
 
 def batch(name: str, value: Any, like: Tensor | None = None) -> Tensor:
-    """A floating-point tensor with a batch dimension, of the shape of ``like``. Its values are not looked at."""
+    """A floating-point tensor with a batch dimension, of the shape of ``like``. Its values are not checked."""
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"{name} must be a tensor, not {shown(value)}")
     if not value.is_floating_point() or value.dim() < 2:
@@ -161,8 +161,7 @@ def generators(value: Any, images: int) -> tuple[Generator, ...]:
 def refuse_unknown(given: Mapping[str, Any], known_elsewhere: Mapping[str, str], where: str) -> None:
     """Raises UnsupportedArgument for keyword arguments that ``where`` does not take.
 
-    ``known_elsewhere`` names the arguments of Diffusers that Russet lacks, each with what to do instead. Those are let
-    pass while they are None, which asks for nothing.
+    known_elsewhere: Diffusers' arguments that Russet lacks, each with what to do instead. None is accepted for them.
     """
     for name, value in given.items():
         if name not in known_elsewhere:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.checkpoints.inspect import inspect
-from russet.checkpoints.layouts.detection import Kind, recognise
+from russet.checkpoints.layouts.detection import FileKind, recognise
 
 from . import ldm_layout as layout
 from .sparse import write_sparse
@@ -64,48 +64,51 @@ def test_whole_models_are_recognised_by_their_tensors(name: str, tmp_path: Path)
     assert str(recognise({key: tensor.shape for key, tensor in file.tensors.items()})) == words
 
 
-LONE: dict[str, tuple[Callable[[], Shapes], Kind]] = {
-    "LDM UNet": (lambda: layout.UNet(layout.SDXL).shapes, Kind("unet", "sdxl", "", "LDM")),
+LONE: dict[str, tuple[Callable[[], Shapes], FileKind]] = {
+    "LDM UNet": (lambda: layout.UNet(layout.SDXL).shapes, FileKind("unet", "sdxl", "", "LDM")),
     "LDM UNet with prefix": (
         lambda: layout.under("diffusion_model.", layout.UNet(layout.SD1).shapes),
-        Kind("unet", "sd1", "", "LDM"),
+        FileKind("unet", "sd1", "", "LDM"),
     ),
-    "LDM VAE": (layout.vae, Kind("vae", layout="LDM")),
-    "LDM VAE with prefix": (lambda: layout.under("first_stage_model.", layout.vae()), Kind("vae", layout="LDM")),
+    "LDM VAE": (layout.vae, FileKind("vae", layout="LDM")),
+    "LDM VAE with prefix": (lambda: layout.under("first_stage_model.", layout.vae()), FileKind("vae", layout="LDM")),
     "Diffusers UNet": (
         lambda: {
             "conv_in.weight": (320, 9, 3, 3),
             "time_embedding.linear_1.weight": (1280, 320),
             "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 768),
         },
-        Kind("unet", "sd1", "inpaint", "Diffusers"),
+        FileKind("unet", "sd1", "inpaint", "Diffusers"),
     ),
-    "Diffusers VAE": (lambda: {"decoder.mid_block.resnets.0.norm1.weight": (512,)}, Kind("vae", layout="Diffusers")),
-    "CLIP": (lambda: layout.clip(counter=False), Kind("text_encoder", layout="Diffusers")),
-    "OpenCLIP": (lambda: layout.openclip(1024, 24), Kind("text_encoder", layout="OpenCLIP")),
+    "Diffusers VAE": (
+        lambda: {"decoder.mid_block.resnets.0.norm1.weight": (512,)},
+        FileKind("vae", layout="Diffusers"),
+    ),
+    "CLIP": (lambda: layout.clip(counter=False), FileKind("text_encoder", layout="Diffusers")),
+    "OpenCLIP": (lambda: layout.openclip(1024, 24), FileKind("text_encoder", layout="OpenCLIP")),
     "ControlNet": (
         lambda: layout.under("control_model.", layout.UNet(layout.SD1).shapes),
-        Kind("controlnet", "sd1", "", "LDM"),
+        FileKind("controlnet", "sd1", "", "LDM"),
     ),
     "Diffusers ControlNet": (
         lambda: {
             "controlnet_cond_embedding.conv_in.weight": (16, 3, 3, 3),
             "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048),
         },
-        Kind("controlnet", "sdxl", "", "Diffusers"),
+        FileKind("controlnet", "sdxl", "", "Diffusers"),
     ),
-    "embedding": (lambda: {"emb_params": (4, 768)}, Kind("embedding", "sd1", layout="A1111")),
-    "old embedding": (lambda: {"string_to_param.*": (4, 1024)}, Kind("embedding", "sd2", layout="A1111")),
-    "Diffusers embedding": (lambda: {"<cat-toy>": (768,)}, Kind("embedding", "sd1", layout="Diffusers")),
-    "XL embedding": (lambda: {"clip_l": (2, 768), "clip_g": (2, 1280)}, Kind("embedding", "sdxl", layout="kohya")),
-    "Flux": (lambda: {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, Kind("other", detail="Flux")),
+    "embedding": (lambda: {"emb_params": (4, 768)}, FileKind("embedding", "sd1", layout="A1111")),
+    "old embedding": (lambda: {"string_to_param.*": (4, 1024)}, FileKind("embedding", "sd2", layout="A1111")),
+    "Diffusers embedding": (lambda: {"<cat-toy>": (768,)}, FileKind("embedding", "sd1", layout="Diffusers")),
+    "XL embedding": (lambda: {"clip_l": (2, 768), "clip_g": (2, 1280)}, FileKind("embedding", "sdxl", layout="kohya")),
+    "Flux": (lambda: {"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, FileKind("other", detail="Flux")),
     "SD3": (
         lambda: {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
-        Kind("other", detail="Stable Diffusion 3"),
+        FileKind("other", detail="Stable Diffusion 3"),
     ),
-    "anything": (lambda: {"fc.weight": (10, 10), "fc.bias": (10,)}, Kind("other", detail="unknown kind of file")),
-    "empty": (dict, Kind("other", detail="unknown kind of file")),
-    "odd shapes": (lambda: {"input_blocks.0.0.weight": ()}, Kind("unet", "", "", "LDM")),
+    "anything": (lambda: {"fc.weight": (10, 10), "fc.bias": (10,)}, FileKind("other", detail="unknown kind of file")),
+    "empty": (dict, FileKind("other", detail="unknown kind of file")),
+    "odd shapes": (lambda: {"input_blocks.0.0.weight": ()}, FileKind("unet", "", "", "LDM")),
 }
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from russet.checkpoints import load
+from russet.checkpoints.arguments import MINI
 from russet.checkpoints.folder import parse_index
-from russet.checkpoints.locate import MINI
 from russet.errors import (
     ArgumentTypeError,
     ConfigError,

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from russet.checkpoints.formats.opening import open_weights
-from russet.checkpoints.load_state_dict import build, check, fill
+from russet.checkpoints.formats.weight_files import open_weights
+from russet.checkpoints.load_state_dict import build, check, load_state_dict
 from russet.errors import ConfigError, CorruptFile, KeyMismatch
 
 from .made import Tiny, needs_float8
@@ -53,7 +53,7 @@ def test_building_does_not_import_torchs_compiler() -> None:
 
 def test_filled_weights_are_bit_equal_and_want_no_gradient(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
     model = build(Tiny, None)
-    fill(model, stored(tiny_state), "here")
+    load_state_dict(model, stored(tiny_state), "here")
     for name, value in model.state_dict(keep_vars=True).items():
         assert torch.equal(value, tiny_state[name])
         assert not value.requires_grad
@@ -66,7 +66,7 @@ def test_values_are_converted_as_torch_converts_them(
     dtype: torch.dtype, stored: Any, tiny_state: dict[str, torch.Tensor]
 ) -> None:
     model = build(Tiny, None)
-    fill(model, stored(tiny_state), "here", dtype=dtype)
+    load_state_dict(model, stored(tiny_state), "here", dtype=dtype)
     assert all(torch.equal(value, tiny_state[name].to(dtype)) for name, value in model.state_dict().items())
 
 
@@ -74,13 +74,13 @@ def test_values_are_converted_as_torch_converts_them(
 def test_float8_becomes_what_was_asked_for(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
     small = {name: value.to(torch.float8_e4m3fn) for name, value in tiny_state.items()}
     model = build(Tiny, None)
-    fill(model, stored(small), "here", dtype=torch.float16)
+    load_state_dict(model, stored(small), "here", dtype=torch.float16)
     assert all(torch.equal(value, small[name].half()) for name, value in model.state_dict().items())
 
 
 def test_convolutions_take_the_memory_format(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
     model = build(Tiny, None)
-    fill(model, stored(tiny_state), "here", memory_format=torch.channels_last)
+    load_state_dict(model, stored(tiny_state), "here", memory_format=torch.channels_last)
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(model.conv.weight, tiny_state["conv.weight"])
 
@@ -88,7 +88,7 @@ def test_convolutions_take_the_memory_format(stored: Any, tiny_state: dict[str, 
 def test_weights_go_to_the_device_one_by_one(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
     """The meta device stands for one that tests do not have: everything was converted, checked and sent there."""
     model = build(Tiny, None)
-    fill(model, stored(tiny_state), "here", dtype=torch.float16, device="meta")
+    load_state_dict(model, stored(tiny_state), "here", dtype=torch.float16, device="meta")
     assert {(value.device.type, value.dtype) for value in model.state_dict().values()} == {("meta", torch.float16)}
 
 
@@ -97,10 +97,10 @@ def test_values_that_stay_as_stored_are_the_file_and_all_others_are_copies(
 ) -> None:
     sources = stored(tiny_state)
     kept, copied = build(Tiny, None), build(Tiny, None)
-    fill(kept, sources, "here")
+    load_state_dict(kept, sources, "here")
     starts = {value.data_ptr() - sources[name].offset for name, value in kept.state_dict().items()}
     assert len(starts) == 1
-    fill(copied, sources, "here", dtype=torch.float64)
+    load_state_dict(copied, sources, "here", dtype=torch.float64)
     starts = {value.data_ptr() - sources[name].offset for name, value in copied.state_dict().items()}
     assert len(starts) > 1
 
@@ -116,7 +116,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("names", [["first.weight"], ["second.weight"], ["first.weight", "second.weight"]])
 def test_tied_weights_stay_tied_whichever_name_they_come_under(names: list[str], stored: Any) -> None:
     model = build(Tied, None)
-    fill(model, stored({name: torch.eye(3) for name in names}), "here")
+    load_state_dict(model, stored({name: torch.eye(3) for name in names}), "here")
     assert model.first.weight is model.second.weight
     assert torch.equal(model.first.weight, torch.eye(3))
 
@@ -156,7 +156,7 @@ def test_a_long_mismatch_is_cut_and_counted() -> None:
 
 def test_nothing_is_read_where_names_do_not_match(tiny_state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(KeyMismatch):
-        fill(build(Tiny, None), described(dict.fromkeys(tiny_state, (1,))), "here")
+        load_state_dict(build(Tiny, None), described(dict.fromkeys(tiny_state, (1,))), "here")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -167,7 +167,7 @@ def test_values_that_are_not_finite_are_reported_by_name(
     tiny_state = {name: value.to(dtype) for name, value in tiny_state.items()}
     tiny_state["conv.weight"][1, 1, 2, 2] = value
     with caplog.at_level(logging.WARNING):
-        fill(build(Tiny, None), stored(tiny_state), "unet", dtype=dtype)
+        load_state_dict(build(Tiny, None), stored(tiny_state), "unet", dtype=dtype)
     assert [record.getMessage() for record in caplog.records] == [
         "unet: NaN or Inf in conv.weight; pictures will be black or broken"
     ]
@@ -177,20 +177,20 @@ def test_values_that_overflow_in_half_precision_are_reported(
     stored: Any, tiny_state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny_state["norm.weight"][0] = 70_000.0
-    fill(build(Tiny, None), stored(tiny_state), "vae", dtype=torch.float16)
+    load_state_dict(build(Tiny, None), stored(tiny_state), "vae", dtype=torch.float16)
     assert "norm.weight" in caplog.text
 
 
 def test_types_are_compared_before_anything_is_read(tiny_state: dict[str, torch.Tensor]) -> None:
     shapes = {name: tuple(value.shape) for name, value in tiny_state.items()}
     with pytest.raises(CorruptFile, match="quantised"):
-        fill(build(Tiny, None), described(shapes, torch.int8), "here")
+        load_state_dict(build(Tiny, None), described(shapes, torch.int8), "here")
 
 
 def test_quantised_weights_are_refused(stored: Any, tiny_state: dict[str, torch.Tensor]) -> None:
     tiny_state["linear.weight"] = tiny_state["linear.weight"].to(torch.int8)
     with pytest.raises(CorruptFile, match=r"linear\.weight is stored as torch\.int8"):
-        fill(build(Tiny, None), stored(tiny_state), "here")
+        load_state_dict(build(Tiny, None), stored(tiny_state), "here")
 
 
 class Deep(nn.Module):

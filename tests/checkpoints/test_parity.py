@@ -12,7 +12,7 @@ import transformers
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
 from russet.checkpoints import load, save
-from russet.checkpoints.classes import find
+from russet.checkpoints.folder import find_class
 
 TEXT = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT |= {"bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 98}
@@ -79,7 +79,7 @@ def reference() -> Any:
 
 
 def ours(reference: Any) -> Any:
-    return find(type(reference).__name__, "the test").load()
+    return find_class(type(reference).__name__, "the test").load()
 
 
 def bare(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from russet.checkpoints import load, save
-from russet.checkpoints.atomic_directory import staged
-from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.atomic_directory import atomic_directory
+from russet.checkpoints.formats import writing
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.checkpoints.formats.writing import read_size, write_safetensors
 from russet.errors import ArgumentTypeError, CheckpointError, ConfigError, InputError
 
@@ -160,7 +161,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> 
             raise error
         write_safetensors(path, *rest)
 
-    monkeypatch.setattr(write, "write_safetensors", failing)
+    monkeypatch.setattr(writing, "write_safetensors", failing)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -205,7 +206,7 @@ def test_an_interruption_between_two_moves_moves_all_back(
             raise KeyboardInterrupt
         replace(source, target)
 
-    with pytest.raises(KeyboardInterrupt), staged(folder, 0) as stage:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), atomic_directory(folder, 0) as stage:  # noqa: PT012
         for name in ("a/one", "b/three", "two"):
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).write_text("new")
@@ -216,7 +217,7 @@ def test_an_interruption_between_two_moves_moves_all_back(
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="GB, and the disk has"), staged(tmp_path / "x", 1 << 60):
+    with pytest.raises(CheckpointError, match="GB, and the disk has"), atomic_directory(tmp_path / "x", 1 << 60):
         raise AssertionError("began to write")
     assert not (tmp_path / "x").exists()
 

@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_each_line_is_drawn_with_its_own_settings(here, capsys):
+def test_each_line_is_generated_with_its_own_settings(here, capsys):
     lines = ["a cat", "", json.dumps({"prompt": "화성", "seed": 9, "width": 128, "output": "mars.png", "number": 2})]
     Path("prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     assert run(["batch", "prompts.txt", *QUICK, "--seed", "5"]) == 0
@@ -28,11 +28,11 @@ def test_each_line_is_drawn_with_its_own_settings(here, capsys):
     assert Image.open("mars-0002.png").size == (128, 64)
 
 
-def test_a_line_that_cannot_be_drawn_is_told_and_the_others_go_on(here, capsys, monkeypatch):
+def test_a_line_that_fails_is_reported_and_the_others_go_on(here, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "a cat", "width": 65}\na dog\n'))
     assert run(["batch", "-", *QUICK, "--seed", "5", "--json"]) == 1
     shown = capsys.readouterr()
-    assert "'a cat' was not drawn: width must be divisible by 8" in shown.err
+    assert "'a cat' failed: width must be divisible by 8" in shown.err
     (line,) = shown.out.splitlines()
     assert json.loads(line)["prompt"] == "a dog"
 
@@ -49,7 +49,7 @@ def test_a_line_that_cannot_be_drawn_is_told_and_the_others_go_on(here, capsys, 
         ('{"prompt": "a", "output": "a.gif"}', "a.png"),
     ],
 )
-def test_a_bad_line_is_told_before_anything_is_drawn(here, capsys, text, hint):
+def test_a_bad_line_is_an_error_before_anything_is_generated(here, capsys, text, hint):
     Path("prompts.txt").write_text(text)
     assert run(["batch", "prompts.txt", *QUICK]) == 2
     assert hint in capsys.readouterr().err

@@ -16,7 +16,7 @@ from PIL import Image
 
 import russet
 from russet.cli.app import run
-from russet.images.metadata import Parameters
+from russet.images.png import Parameters
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
 QUICK = ["--steps", "2", "--device", "cpu"]
@@ -67,7 +67,7 @@ def test_the_same_seed_is_the_same_picture_and_no_file_is_overwritten(here):
     assert not np.array_equal(one, three)
 
 
-def test_a_sampler_is_chosen_by_name_and_told(here, capsys):
+def test_a_sampler_is_chosen_by_name_and_reported(here, capsys):
     assert run([PROMPT, *SMALL, "--seed", "1", "--sampler", "DPM++ 2M Karras", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["sampler"] == "DPM++ 2M Karras"
@@ -103,7 +103,7 @@ def test_several_pictures_have_several_seeds_and_the_report_is_json(here, capsys
     assert (made.prompt, made.negative_prompt, made.settings["Seed"]) == ("info", "blurry, grey", "6")
 
 
-def test_a_seed_left_out_is_random_and_told(here):
+def test_a_seed_left_out_is_random_and_in_the_file_name(here):
     for _ in range(2):
         assert run([PROMPT, *SMALL, "-q"]) == 0
     one, two = pictures(here)
@@ -115,7 +115,7 @@ def test_quiet_prints_the_path_alone(capsys):
     assert capsys.readouterr() == ("russet-0001-seed1.png\n", "")
 
 
-def test_a_long_prompt_is_warned_of(capsys):
+def test_a_long_prompt_prints_a_warning(capsys):
     assert run(["a cat and " * 40, *SMALL]) == 0
     assert "warning: the prompt is longer" in capsys.readouterr().err
 
@@ -153,7 +153,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(here, tmp_path_factory):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
-        while not look.exists():  # which is there while it draws
+        while not look.exists():  # it exists while the images are generated
             assert process.poll() is None, "it ended before it could be interrupted"
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -179,7 +179,7 @@ def test_leaving_work_out_is_written_into_the_picture(here, capsys):
     assert "guidance_interval" in capsys.readouterr().err
 
 
-def test_a_preview_shows_all_pictures_while_they_are_drawn(here, capsys):
+def test_a_preview_shows_all_pictures_while_they_are_generated(here, capsys):
     (here / "look.png").write_bytes(b"what was there before")
     assert run([PROMPT, *SMALL, "--number", "2", "--preview", "look.png", "-q"]) == 0
     with Image.open(here / "look.png") as image:

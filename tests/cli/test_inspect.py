@@ -10,8 +10,8 @@ from PIL import Image
 
 import russet
 from russet.cli.app import run
-from russet.images import conversion
-from russet.images.metadata import KEY, Parameters
+from russet.images import png
+from russet.images.png import KEY, Parameters
 
 MINI = Path(russet.__file__).parent / "mini"
 
@@ -45,7 +45,7 @@ def test_a_weight_file_is_told_without_its_weights(capsys):
 
 def test_a_picture_says_how_it_was_made(tmp_path, capsys):
     made = Parameters("a cat", "blurry", {"Steps": "20", "Seed": "4", "Size": "8x8"})
-    path = conversion.save_as(Image.new("RGB", (8, 8)), tmp_path / "cat.png", {KEY: made.to_text()})
+    path = png.save_as(Image.new("RGB", (8, 8)), tmp_path / "cat.png", {KEY: made.to_text()})
     assert run(["inspect", str(path)]) == 0
     assert capsys.readouterr().out == made.to_text() + "\n"
     assert run(["inspect", str(path), "--json"]) == 0
@@ -64,7 +64,7 @@ def test_a_damaged_file_is_one_message(tmp_path, capsys, name, content):
 
 
 def test_a_picture_without_the_text_and_a_missing_file_are_one_message(tmp_path, capsys):
-    path = conversion.save_as(Image.new("RGB", (8, 8)), tmp_path / "cat.png")
+    path = png.save_as(Image.new("RGB", (8, 8)), tmp_path / "cat.png")
     assert run(["inspect", str(path)]) == 2
     assert "does not say how it was made" in capsys.readouterr().err
     assert run(["inspect", str(tmp_path / "none.png")]) == 2

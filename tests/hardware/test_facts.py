@@ -9,7 +9,6 @@ import torch
 
 from russet.errors import DeviceError, InputError
 from russet.hardware import facts as facts_module
-from russet.hardware import system
 from russet.hardware.facts import GIB, Facts, best_device, mac, parse_version, read_facts
 
 
@@ -84,6 +83,7 @@ def test_the_cpu_is_read_as_psutil_and_torch_see_it():
     assert facts.device == "cpu"
     assert facts.chip
     assert facts.torch == parse_version(torch.__version__)
+    assert facts.bf16 == any(name in str(facts_module.cpu()[1]) for name in ("amx_bf16", "avx512_bf16"))
     assert facts.python == sys.version_info[:3]
     assert 0 < facts.memory <= psutil.virtual_memory().total
     assert 0 < facts.available <= facts.memory
@@ -135,13 +135,12 @@ def test_the_best_device_can_be_read():
     assert read_facts().device == best_device()
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="Macs have no containers")
 def test_a_container_sees_its_own_limit(monkeypatch):
     files = {"/sys/fs/cgroup/memory.max": str(4 * GIB), "/sys/fs/cgroup/memory.current": str(GIB)}
-    monkeypatch.setattr(system, "read_text", lambda path: files.get(path, ""))
-    assert system.within_container(64 * GIB, 60 * GIB) == (4 * GIB, 3 * GIB)
+    monkeypatch.setattr(facts_module, "read_text", lambda path: files.get(path, ""))
+    assert facts_module.within_container(64 * GIB, 60 * GIB) == (4 * GIB, 3 * GIB)
     files["/sys/fs/cgroup/memory.max"] = "max"
-    assert system.within_container(64 * GIB, 60 * GIB) == (64 * GIB, 60 * GIB)
+    assert facts_module.within_container(64 * GIB, 60 * GIB) == (64 * GIB, 60 * GIB)
 
 
 def test_the_cpu_of_a_mac_may_swap_and_that_of_a_server_may_not():
@@ -168,10 +167,9 @@ def test_a_gpu_has_memory_of_its_own():
     ],
 )
 def test_a_cpu_has_matrix_units_where_its_flags_say_so_and_onednn_may_use_them(monkeypatch, flags, allowed, amx):
-    monkeypatch.setattr(system, "cpu_flags", lambda: frozenset(flags))
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     if allowed is None:
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     else:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
-    assert system.cpu_amx() is amx
+    assert facts_module.has_amx(frozenset(flags)) is amx

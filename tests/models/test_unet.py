@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from russet.errors import ArgumentTypeError, InputError
-from russet.models.attention import chunked, fused, padded, sliced
+from russet.models.attention import chunked, sliced
 from russet.models.unet import UNet2DConditionModel
 
 DOWN, CROSS_DOWN, UP, CROSS_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
@@ -236,7 +236,7 @@ def test_set_attention_reaches_every_attention_layer(pair, randn):
     # 2 on the way down, 1 in the middle, 4 on the way up: each attends to itself and to the 7 tokens of text
     assert len(calls) == 14
     assert sum(keys == 7 for _, keys in calls) == 7
-    with pytest.raises(ArgumentTypeError, match=r"russet\.attention"):
+    with pytest.raises(ArgumentTypeError, match=r"russet\.models\.attention"):
         ours.set_attention("fused")
 
 
@@ -281,47 +281,6 @@ def test_outputs_are_named_and_also_plain_tuples(pair, randn):
     assert output.sample is output[0]
     assert type(ours(*inputs, return_dict=False)) is tuple
     assert torch.equal(ours(*inputs, return_dict=False)[0], output.sample)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_from_its_own_deep_map_a_call_gives_the_same_at_every_branch(name, pair, randn):
-    config = VARIANTS[name]
-    _, ours = pair(config)
-    x, context = randn(2, config.get("in_channels", 4), 13, 6), randn(2, 7, 12)
-    extra = conditions(config, 2, randn)
-    plain = ours(x, 601, context, **extra).sample
-    for branch in range(ours.deep_branches):
-        whole = ours(x, 601, context, **extra, deep_branch=branch)
-        assert torch.equal(whole.sample, plain)
-        again = ours(x, 601, context, **extra, deep_branch=branch, deep_map=whole.deep_map)
-        assert torch.equal(again.sample, plain)
-
-
-def test_a_call_from_a_deep_map_computes_only_what_lies_outside_of_it(pair, randn):
-    _, ours = pair(THREE)
-    x, context = randn(1, 4, 8, 8), randn(1, 7, 12)
-    _, kept = ours(x, 600, context, deep_branch=1)
-    ran = []
-    for part, module in ours.named_modules():
-        if part.split(".")[-2:-1] == ["resnets"]:
-            module.register_forward_hook(lambda *_, part=part: ran.append(part))
-    moved = ours(x + 1, 600, context, deep_branch=1, deep_map=kept).sample
-    assert ran == ["down_blocks.0.resnets.0", "up_blocks.2.resnets.0", "up_blocks.2.resnets.1"]
-    assert not torch.allclose(moved, ours(x + 1, 600, context).sample)
-    assert not torch.allclose(moved, ours(x + 1, 600, context, deep_branch=1, deep_map=kept + 1).sample)
-
-
-def test_a_deep_map_and_a_controlnet_do_not_go_together(pair, randn):
-    _, ours = pair(TINY)
-    x, context = randn(1, 4, 8, 8), randn(1, 7, 12)
-    _, kept = ours(x, 600, context, deep_branch=0)
-    residual = torch.zeros(1, 32, 4, 4)
-    with pytest.raises(InputError, match="ControlNet"):
-        ours(x, 600, context, deep_branch=0, deep_map=kept, mid_block_additional_residual=residual)
-    with pytest.raises(InputError, match="deep_branch"):
-        ours(x, 600, context, deep_map=kept)
-    with pytest.raises(InputError, match=r"from 0 to 2 .* not 3"):
-        ours(x, 600, context, deep_branch=3)
 
 
 def test_inference_mode_and_half_precision_work(pair, randn):
@@ -376,47 +335,14 @@ def test_missing_conditions_are_named(randn):
         UNet2DConditionModel(TINY)(x, 9, context, cross_attention_kwargs={})
 
 
-@pytest.mark.parametrize("downs", [(CROSS_DOWN, DOWN), (DOWN, CROSS_DOWN)], ids=["read at once", "read later"])
-def test_one_picture_asked_about_two_texts_gives_both_answers(downs, randn):
-    ups = tuple(kind.replace("Down", "Up") for kind in reversed(downs))
-    unet = UNet2DConditionModel({**TINY, "down_block_types": downs, "up_block_types": ups}).requires_grad_(False)
-    x, texts = randn(2, 4, 8, 8, seed=1), randn(4, 7, TINY["cross_attention_dim"], seed=2)
-    apart = unet(torch.cat([x, x]), 500.0, texts).sample
-    torch.testing.assert_close(unet(x, 500.0, texts).sample, apart, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(unet(x, 500.0, unet.read(texts)).sample, apart, rtol=1e-5, atol=1e-5)
-
-
-def test_rows_that_differ_in_time_are_asked_about_two_texts(randn):
-    unet = UNet2DConditionModel(TINY).requires_grad_(False)
-    x, texts = randn(2, 4, 8, 8, seed=1), randn(4, 7, TINY["cross_attention_dim"], seed=2)
-    t = torch.tensor([100.0, 700.0])
-    apart = unet(torch.cat([x, x]), torch.cat([t, t]), texts).sample
-    torch.testing.assert_close(unet(x, t, texts).sample, apart, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["SD 1", "XL", "upscaler", "scale and shift"])
-@pytest.mark.parametrize("attention", [fused, padded(fused, (8, 64))], ids=["fused", "padded"])
-def test_a_text_that_was_read_gives_the_same_answer(name, attention, randn):
-    unet = UNet2DConditionModel(VARIANTS[name]).requires_grad_(False)
-    unet.set_attention(attention)
-    x, text = randn(2, unet.config.in_channels, 8, 8, seed=1), randn(2, 7, 12, seed=2)
-    more = conditions(VARIANTS[name], 2, randn)
-    expected = unet(x, 500.0, text, **more).sample
-    torch.testing.assert_close(unet(x, 500.0, unet.read(text), **more).sample, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="torch 1.13 joins no weights")
-@pytest.mark.parametrize("name", ["SD 1", "XL", "upscaler", "scale and shift"])
-@pytest.mark.parametrize("attention", [fused, padded(fused, (8, 64))], ids=["fused", "padded"])
-def test_a_text_that_was_read_by_one_product_gives_the_same_answer(name, attention, randn):
-    unet = UNet2DConditionModel(VARIANTS[name]).requires_grad_(False)
-    unet.set_attention(attention)
-    x, text = randn(2, unet.config.in_channels, 8, 8, seed=1), randn(2, 7, 12, seed=2)
-    more = conditions(VARIANTS[name], 2, randn)
-    expected = unet(x, 500.0, text, **more).sample
-    unet.lay_together()
-    joined = unet.read(text, together=True)
-    assert len(joined.tensors()) == 2  # the text, and one product for all layers
-    torch.testing.assert_close(unet(x, 500.0, joined, **more).sample, expected, rtol=1e-5, atol=1e-5)
-    other = unet.read(text.flip(0), together=True).of([tensor.clone() for tensor in joined.tensors()])
-    torch.testing.assert_close(unet(x, 500.0, other, **more).sample, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_flat_stages_are_the_modules_of_the_blocks_in_order(name):
+    unet = UNet2DConditionModel(VARIANTS[name])
+    for stages, blocks in ((unet.input_stages, unet.down_blocks), (unet.output_stages, unet.up_blocks)):
+        parts = [part for stage in stages for part in (stage.resnet, stage.attention, stage.downsample, stage.upsample)]
+        found = [part for part in parts if part is not None]
+        assert {*found} == {part for block in blocks for group in block.children() for part in group.children()}
+        assert len(found) == len({*found})
+        resnets = [stage.resnet for stage in stages if stage.resnet is not None]
+        assert resnets == [resnet for block in blocks for resnet in block.resnets]
+    assert len(unet.input_stages) + 1 == len(unet.output_stages), "each output stage takes one skip connection"

@@ -116,6 +116,9 @@ class Case:
     name: str
     values: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return self.name
+
     def choices(self, rows: int = 2) -> Choices:
         return Choices({**passes.OFF, "offload": None, **self.values}, rows)
 
@@ -207,7 +210,8 @@ class Ask:
             cache = TimestepCache(network, [t], None if cond is None else cond[:1])
             if (known := cache(t)) is not None:
                 time, conditions = known, {}  # type: ignore[assignment]
-        return network(self.x, time, text, **conditions).sample
+        found: Tensor = network(self.x, time, text, **conditions).sample
+        return found
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -19,6 +19,11 @@ FAST = {"num_inference_steps": 2, "output_type": "np"}
 SAME = 60.0  # dB
 
 
+def text_rows(args: Any) -> int:
+    """How many rows of text a UNet is called with: a tensor, or what was computed of it beforehand."""
+    return len(getattr(args[2], "tensor", args[2]))
+
+
 def test_a_call_returns_one_pil_image_per_prompt(tiny: Any) -> None:
     output = tiny(["a horse", "a cat"], num_inference_steps=1)
     assert [type(image) for image in output.images] == [Image.Image] * 2
@@ -100,9 +105,7 @@ def test_micro_batches_give_the_pictures_of_one_large_batch(tiny: Any, psnr: Any
     whole = tiny(prompts, seed=1, **FAST).images
     tiny._choose(micro_batch=2)
     calls = []
-    hook = tiny.unet.register_forward_pre_hook(
-        lambda unet, args: calls.append(len(getattr(args[2], "tensor", args[2])))
-    )
+    hook = tiny.unet.register_forward_pre_hook(lambda unet, args: calls.append(text_rows(args)))
     parts = tiny(prompts, seed=1, **FAST).images
     hook.remove()
     assert calls == [4, 2] * (len(calls) // 2)  # guided: two rows per picture
@@ -206,7 +209,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_shows_what_is_lost
 
 def test_guidance_is_left_out_at_a_scale_of_one(tiny: Any) -> None:
     rows = []
-    hook = tiny.unet.register_forward_pre_hook(lambda unet, args: rows.append(len(getattr(args[2], "tensor", args[2]))))
+    hook = tiny.unet.register_forward_pre_hook(lambda unet, args: rows.append(text_rows(args)))
     tiny("a horse", **FAST, guidance_scale=1.0)
     tiny("a horse", **FAST, guidance_scale=1.5)
     hook.remove()

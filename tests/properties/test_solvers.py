@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from russet.schedulers import configs, named
-from russet.schedulers.noise import Point
+from russet.schedulers.noise_levels import Point
 from russet.schedulers.schedule import Schedule
 from russet.schedulers.scheduler import Scheduler
 
@@ -72,7 +72,7 @@ def error(schedule: Schedule, prediction_type: str) -> float:
     run = schedule.run(schedule.add_noise(x0, eps), lambda: torch.full_like(x0, float("nan")))
     while run.point is not None:
         run.send(answer(prediction_type, x0, eps, run.point))
-    wanted = schedule.border.outward(x0 + schedule.end.sigma * eps, schedule.end.sigma)
+    wanted = schedule.parameterization.to_public(x0 + schedule.end.sigma * eps, schedule.end.sigma)
     return float((run.latents - wanted).norm() / wanted.norm())
 
 
@@ -117,7 +117,7 @@ def test_the_step_protocol_does_so_from_every_call_at_which_it_can_begin(name: s
     x0, eps = latents()
     scheduler.set_timesteps(8)
     plan = scheduler.schedule(8)
-    wanted = plan.border.outward(x0 + plan.end.sigma * eps, plan.end.sigma)
+    wanted = plan.parameterization.to_public(x0 + plan.end.sigma * eps, plan.end.sigma)
     for begin in scheduler.starts(plan):
         scheduler.set_timesteps(8)
         scheduler.set_begin_index(begin)

@@ -58,9 +58,11 @@ def sampled(name: str, generators: list[Generator], *shape: int) -> Tensor:
     schedule = scheduler.schedule(steps, **options)
     sigma = schedule.points[0].sigma
     x = MEAN + math.sqrt(DEVIATION**2 + sigma**2) * draw(shape, generators, torch.device("cpu"))
-    run = schedule.run(schedule.border.outward(x, sigma), lambda: draw(shape, generators, torch.device("cpu")))
+    run = schedule.run(
+        schedule.parameterization.to_public(x, sigma), lambda: draw(shape, generators, torch.device("cpu"))
+    )
     while run.point is not None:
-        run.send(denoised(schedule.border.inward(run.latents, run.sigma), run.sigma))
+        run.send(denoised(schedule.parameterization.from_public(run.latents, run.sigma), run.sigma))
     return run.latents
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from russet.rng import Noise
-from russet.schedulers import multistep, solvers, spacing
+from russet.schedulers import multistep, noise_levels, solvers
 from russet.schedulers.multistep import Exponential
-from russet.schedulers.noise import Point
+from russet.schedulers.noise_levels import Point
 from russet.schedulers.solvers import Solver
 
 HIGH, LOW = 14.6, 0.03
@@ -37,7 +37,7 @@ def denoised(x: Tensor, sigma: float) -> Tensor:
 
 
 def solved(solver: Solver, steps: int) -> Tensor:
-    *starts, end = (Point(0.0, float(sigma)) for sigma in spacing.polyexponential(steps + 1, LOW, HIGH))
+    *starts, end = (Point(0.0, float(sigma)) for sigma in noise_levels.polyexponential(steps + 1, LOW, HIGH))
     x = HIGH * torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     steps_made = solver(x, starts, end, Noise(lambda: torch.zeros_like(x)))
     try:

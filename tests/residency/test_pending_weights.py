@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import russet
 from russet.checkpoints import load
-from russet.checkpoints.formats import weight_file
+from russet.checkpoints.formats import tensor_source
 from russet.errors import CorruptFile
 from russet.residency import network as residency
 
@@ -226,7 +226,7 @@ def test_a_single_file_waits_too_and_is_saved_whole(folder: Path, tmp_path: Path
 def test_where_files_cannot_be_held_open_everything_is_read_at_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tiny: Any
 ) -> None:
-    monkeypatch.setattr(weight_file, "HELD", False)
+    monkeypatch.setattr(tensor_source, "KEEP_OPEN", False)
     pipe = opened(folder)
     assert waits(pipe) == set()
     shutil.rmtree(folder)

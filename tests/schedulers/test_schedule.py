@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from russet.errors import InputError
 from russet.schedulers import named, solvers
-from russet.schedulers.schedule import Run
+from russet.schedulers.schedule import Passage
 from russet.schedulers.scheduler import Scheduler
 
 from .loops import SD, normal, wavy
@@ -23,7 +23,7 @@ def make(cls: type[Scheduler], **changes: Any) -> Scheduler:
     return cls({**SD, "set_alpha_to_one": False}, **changes)
 
 
-def finish(run: Run) -> Tensor:
+def finish(run: Passage) -> Tensor:
     while run.t is not None:
         output = wavy(run.model_input, run.t)
         run.send(output, output * 0.9 if run.schedule.needs_unconditional else None)
@@ -130,7 +130,7 @@ def test_a_class_of_ones_own_has_the_solver_that_it_names() -> None:
 
 def test_a_class_of_ones_own_says_nothing_that_would_be_ignored() -> None:
     for row in ({"ordre": 2}, {"clip_sample": False}):
-        with pytest.raises(TypeError, match=f"Own: {next(iter(row))} is no attribute of schedulers"):
+        with pytest.raises(TypeError, match=f"Own: {next(iter(row))} is neither an attribute of schedulers"):
             type("Own", (named.DDIMScheduler,), {}, **row)
 
 
@@ -182,7 +182,7 @@ def test_a_run_started_late_makes_the_rest_of_the_steps() -> None:
         assert len(schedule.start_at(7).timesteps) == calls
         assert schedule.start_at(7).timesteps == schedule.timesteps[-calls:]
         for step in (-1, 10):
-            with pytest.raises(InputError, match=f"cannot begin at step {step}"):
+            with pytest.raises(InputError, match=f"cannot start at step {step}"):
                 schedule.start_at(step)
 
 
@@ -255,7 +255,7 @@ def test_a_finished_run_takes_nothing_more() -> None:
     run = make(named.DDIMScheduler).schedule(1).run(normal(1), Counted())
     run.send(normal(2))
     assert run.t is None
-    with pytest.raises(InputError, match="the run is over"):
+    with pytest.raises(InputError, match="the schedule has ended"):
         run.send(normal(2))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from russet import EulerDiscreteScheduler
-from russet.schedulers.schedule_tensor import ScheduleTensor
+from russet.schedulers.scheduler import ScheduleTensor
 
 
 def numbers() -> Tensor:

@@ -97,7 +97,7 @@ def test_sigmas_that_end_above_zero_end_there() -> None:
         run = schedule.run(schedule.add_noise(image, noise), lambda: normal(3))
         while run.t is not None:
             run.send(image)
-        wanted = schedule.border.outward(image + noise, 1.0)
+        wanted = schedule.parameterization.to_public(image + noise, 1.0)
         assert torch.allclose(run.latents, wanted, atol=1e-4)
 
 
@@ -122,10 +122,10 @@ def test_a_timestep_that_was_not_asked_for_is_refused() -> None:
     scheduler = euler()
     scheduler.set_timesteps(4)
     for t in (5, 998.5, torch.tensor(3)):
-        with pytest.raises(InputError, match="no step begins at timestep"):
+        with pytest.raises(InputError, match="no step starts at timestep"):
             scheduler.step(normal(1), t, normal(2))
     scheduler.step(normal(1), 999, normal(2))
-    with pytest.raises(InputError, match=r"step 1 is at timestep 666.0, not 999.0; set_timesteps begins a new run"):
+    with pytest.raises(InputError, match=r"step 1 is at timestep 666.0, not 999.0; call set_timesteps to start again"):
         scheduler.step(normal(1), 999, normal(2))
     for _ in range(3):
         scheduler.step(normal(1), scheduler.timesteps[scheduler.step_index], normal(2))
@@ -183,7 +183,7 @@ def test_options_stay_the_same_during_a_run() -> None:
     scheduler = named.DDIMScheduler(**SD)
     scheduler.set_timesteps(3)
     scheduler.step(normal(1), scheduler.timesteps[0], normal(2), eta=0.5)
-    with pytest.raises(InputError, match="options of a run stay the same"):
+    with pytest.raises(InputError, match="options must be the same in each step"):
         scheduler.step(normal(1), scheduler.timesteps[1], normal(2), eta=0.4)
 
 
@@ -239,7 +239,7 @@ def test_a_run_cannot_begin_inside_a_step() -> None:
     scheduler = named.HeunDiscreteScheduler(**SD)
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(3)
-    with pytest.raises(InputError, match=r"call 3 is inside a step; steps begin at the calls \[0, 2, 4, 6, 8\]"):
+    with pytest.raises(InputError, match=r"call 3 is inside a step; steps start at the calls \[0, 2, 4, 6, 8\]"):
         scheduler.step(normal(1), scheduler.timesteps[3], normal(2))
     scheduler.set_begin_index(99)
     with pytest.raises(InputError, match="every step has been made"):

@@ -14,9 +14,6 @@ import torch
 import russet
 
 FAST: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np"}
-GUIDANCE = "calls keep their guidance on the pipeline, and take each other's"
-INTERRUPT = "whether to stop is kept on the pipeline, for all calls at once"
-RESTING = "one call puts networks away that another one works with"
 
 
 def nothing(pipe: Any, index: int, t: Any, tensors: Any) -> None:
@@ -64,15 +61,12 @@ def test_threads_draw_their_own_pictures(count: int, tiny_folder: Path) -> None:
     check_at_once(own(tiny_folder), count)
 
 
-@pytest.mark.xfail(strict=True, reason=GUIDANCE)
 @pytest.mark.parametrize("count", [2, 4])
 def test_threads_with_callbacks_keep_their_guidance(count: int, tiny_folder: Path) -> None:
     check_at_once(own(tiny_folder), count, callback_on_step_end=nothing)
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param("model", marks=pytest.mark.xfail(strict=True, reason=RESTING)), "sequential"]
-)
+@pytest.mark.parametrize("mode", ["model", "sequential"])
 def test_four_threads_draw_their_own_pictures_under_offload(mode: str, tiny_folder: Path) -> None:
     pipe = own(tiny_folder)
     getattr(pipe, f"enable_{mode}_cpu_offload")(device="cpu")
@@ -89,12 +83,10 @@ def large_text(folder: Path) -> Path:
     return folder.parent / "large"
 
 
-@pytest.mark.xfail(strict=True, reason=RESTING)
 def test_two_threads_with_a_text_encoder_of_stable_diffusions_size_draw_their_own_pictures(tiny_folder: Path) -> None:
     check_at_once(own(large_text(tiny_folder)), 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the state of the outer call is the pipeline's, which the inner call writes")
 def test_a_callback_that_draws_with_the_same_pipe_spoils_nothing(tiny_folder: Path) -> None:
     pipe, inner = own(tiny_folder), []
     alone = [pipe("a horse", seed=1, **FAST).images, pipe("a boat", seed=2, guidance_scale=1.0, **FAST).images]
@@ -108,7 +100,6 @@ def test_a_callback_that_draws_with_the_same_pipe_spoils_nothing(tiny_folder: Pa
 
 
 @pytest.mark.parametrize("mode", [pytest.param("model"), pytest.param("sequential")])
-@pytest.mark.xfail(strict=True, reason="the state of the outer call is the pipeline's, which the inner call writes")
 def test_a_callback_that_draws_under_offload_spoils_nothing(mode: str, tiny_folder: Path) -> None:
     pipe = own(tiny_folder)
     getattr(pipe, f"enable_{mode}_cpu_offload")(device="cpu")
@@ -127,7 +118,6 @@ def test_one_call_after_another_leaves_nothing_behind(tiny_folder: Path) -> None
     assert np.array_equal(pipe("a horse", seed=1, **FAST).images, first)
 
 
-@pytest.mark.xfail(strict=False, reason="threads exchange the VAE's tiling as they begin and end; a matter of timing")
 def test_tiling_is_off_again_after_threads(tiny_folder: Path) -> None:
     pipe = own(tiny_folder)
     before = pipe.vae.tiling
@@ -159,7 +149,6 @@ def test_a_callback_ends_its_call_and_no_later_one(flag: str, tiny_folder: Path)
     assert stopped(pipe, 99)[0] == whole
 
 
-@pytest.mark.xfail(strict=True, reason=INTERRUPT)
 def test_the_end_of_one_call_is_not_that_of_another(tiny_folder: Path) -> None:
     pipe = own(tiny_folder)
     expected = stopped(pipe, 99)[1]
@@ -182,7 +171,6 @@ def test_the_end_of_one_call_is_not_that_of_another(tiny_folder: Path) -> None:
     assert np.array_equal(found, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a call forgets a stop that comes before its first step")
 def test_a_stop_that_comes_while_text_is_encoded_is_obeyed(tiny_folder: Path) -> None:
     pipe, steps = own(tiny_folder), []
 

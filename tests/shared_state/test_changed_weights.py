@@ -138,20 +138,18 @@ LOSSES = {
     "save_pretrained": saved,
     "a second pipeline": second_pipeline,
 }
-DROPPED = "weights that the plan drops are read from the file again, without what was changed in them"
-LOST = {"model offload", "model offload, the second picture", "model offload and save_pretrained"}
+DROPPING = {"model offload", "model offload, the second picture", "model offload and save_pretrained"}
 
 
-FEW = ("in place", "a new module")  # for what loses no weights today
+FEW = ("in place", "a new module")  # for what drops no weights
 
 
 def cases() -> list[Any]:
-    found = []
-    for loss in LOSSES:
-        for change in CHANGES if loss in LOST else FEW:
-            marks = [pytest.mark.xfail(strict=True, reason=DROPPED)] if loss in LOST else []
-            found.append(pytest.param(loss, change, marks=marks, id=f"{loss}, {change}"))
-    return found
+    return [
+        pytest.param(loss, change, id=f"{loss}, {change}")
+        for loss in LOSSES
+        for change in (CHANGES if loss in DROPPING else FEW)
+    ]
 
 
 @pytest.mark.parametrize(("loss", "change"), cases())
@@ -168,7 +166,6 @@ def test_a_changed_weight_is_in_pictures_and_files(loss: str, change: str, tiny_
 
 
 @pytest.mark.parametrize("component", LAYERS)
-@pytest.mark.xfail(strict=True, reason=DROPPED)
 def test_each_network_that_is_changed_stays_so_under_offload(component: str, tiny_folder: Path) -> None:
     pipe = opened(tiny_folder)
     in_place(getattr(pipe, component), LAYERS[component])
@@ -186,10 +183,7 @@ def test_a_changed_weight_is_in_a_single_file(change: str, tiny_folder: Path, tm
     assert np.abs(drawn(one_file(tiny_folder)(pipe, tmp_path)) - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "component",
-    [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=DROPPED)) for name in LAYERS],
-)
+@pytest.mark.parametrize("component", LAYERS)
 @pytest.mark.parametrize("change", ["load_state_dict"])
 def test_a_changed_weight_survives_offload_on_a_mac(change: str, component: str, tiny_folder: Path) -> None:
     with VirtualMac():
@@ -233,23 +227,8 @@ def hooked(unet: nn.Module, path: str) -> None:
         block.get_submodule(path).register_forward_hook(lambda layer, args, output: 2 * output)
 
 
-IGNORED = "packed products and sums in products take the weights, and not the module that is in the layer's place"
-PASSED_BY = {("attn1.to_q", wrapped), ("attn1.to_v", wrapped), ("ff.net.2", wrapped)}
-
-
-@pytest.mark.parametrize(
-    ("path", "change"),
-    [
-        pytest.param(
-            path,
-            change,
-            marks=[pytest.mark.xfail(strict=True, reason=IGNORED)] if (path, change) in PASSED_BY else [],
-            id=f"{path}, {change.__name__}",
-        )
-        for path in PACKED
-        for change in (wrapped, hooked)
-    ],
-)
+@pytest.mark.parametrize("change", [wrapped, hooked])
+@pytest.mark.parametrize("path", PACKED)
 def test_a_layer_in_a_layers_place_and_a_hook_are_obeyed_where_products_are_packed(
     path: str, change: Any, tiny_folder: Path
 ) -> None:

@@ -19,16 +19,12 @@ UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
-BACKENDS = {
-    "eager": [],
-    "aot_eager": [],
-    "inductor": [pytest.mark.xfail(strict=True, reason="Inductor fails on our linear layers of oneDNN")],
-}
+BACKENDS = ["eager", "aot_eager", "inductor"]
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "compile"), reason="this torch has no compiler")
 
 
-@pytest.mark.parametrize("backend", [pytest.param(name, marks=marks) for name, marks in BACKENDS.items()])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_unet_draws_the_same_picture(backend: str, mini: Any) -> None:
     torch.manual_seed(0)
     unet = russet.UNet2DConditionModel({**UNET, "cross_attention_dim": mini.unet.config.cross_attention_dim}).eval()

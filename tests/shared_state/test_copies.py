@@ -27,7 +27,6 @@ def opened(folder: Path, read: str = READ[0]) -> Any:
     return pipe
 
 
-@pytest.mark.xfail(strict=True, reason="a pipeline holds what cannot be pickled")
 @pytest.mark.parametrize("read", READ)
 def test_a_pickled_pipeline_draws_the_same_picture_and_so_does_the_first(read: str, tiny_folder: Path) -> None:
     expected = opened(tiny_folder)("a horse", **FAST).images
@@ -37,15 +36,7 @@ def test_a_pickled_pipeline_draws_the_same_picture_and_so_does_the_first(read: s
         assert np.array_equal(one("a horse", **FAST).images, expected)
 
 
-@pytest.mark.parametrize(
-    "read",
-    [
-        pytest.param(
-            READ[0], marks=pytest.mark.xfail(strict=True, reason="the copy reads from the first one's memory")
-        ),
-        *READ[1:],
-    ],
-)
+@pytest.mark.parametrize("read", READ)
 def test_a_copied_pipeline_draws_the_same_picture_and_so_does_the_first(read: str, tiny_folder: Path) -> None:
     expected = opened(tiny_folder)("a horse", **FAST).images
     pipe = opened(tiny_folder, read)

@@ -13,7 +13,6 @@ import russet
 
 FAST = {"num_inference_steps": 2, "output_type": "np", "seed": 1}
 NETWORKS = ("unet", "vae", "text_encoder")
-AWAY = "networks that are put away have no weights for anybody but the pipeline that put them away"
 
 
 @pytest.fixture
@@ -26,8 +25,6 @@ def own(tiny_folder: Path) -> Any:
 @pytest.fixture(params=["model", "sequential"])
 def offloaded(request: pytest.FixtureRequest, own: Any) -> Any:
     """A pipeline that has drawn under offload."""
-    if request.param == "model":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=AWAY))
     getattr(own, f"enable_{request.param}_cpu_offload")(device="cpu")
     own("a horse", **FAST)
     return own
@@ -94,7 +91,6 @@ def test_two_pipelines_that_share_parts_may_both_offload(own: Any, tiny: Any) ->
         assert np.array_equal(pipe("a horse", **FAST).images, expected)
 
 
-@pytest.mark.xfail(strict=True, reason=AWAY)
 def test_a_pipeline_draws_while_another_that_shares_its_parts_offloads_them(own: Any, tiny: Any) -> None:
     expected = tiny("a horse", **FAST).images
     other = type(own)(**own.components, requires_safety_checker=False)

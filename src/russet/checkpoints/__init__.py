@@ -1,5 +1,6 @@
 """Checkpoints: the only place that opens weight files.
 
-Reading goes ``locate`` (what did the caller mean?) → ``folder`` (which files?) → ``files`` (what is in them?) →
-``fill`` (bytes into a model). ``load`` is the one door that the rest of the library uses; ``save`` is the way back.
+``load`` is what the rest of the library calls. It goes through ``arguments`` (what did the caller mean?), ``folder``
+(which components of which classes?), ``formats.weight_files`` (which files, with which tensors?) and
+``load_state_dict`` (the tensors into a model). ``save`` writes what ``load`` reads.
 """

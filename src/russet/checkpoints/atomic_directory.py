@@ -13,25 +13,25 @@ from russet.errors import CheckpointError, RussetError
 
 
 @contextlib.contextmanager
-def staged(folder: Path, nbytes: int) -> Iterator[Path]:
+def atomic_directory(folder: Path, nbytes: int) -> Iterator[Path]:
     """A folder to write into; when the block ends, its files replace those of the same names in ``folder``.
 
     If anything fails, Ctrl-C included, ``folder`` is as it was before.
 
     Args:
-        nbytes: about how much will be written, so that a disk without room is told before and not after.
+        nbytes: about how much will be written, so that a disk without room is reported before and not after.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     existed = folder.is_dir()
-    stage: Path | None = None
+    temporary: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < nbytes:
             raise CheckpointError(f"{folder} needs {nbytes / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left")
-        stage = Path(tempfile.mkdtemp(prefix=".russet-", suffix=".part", dir=folder))
-        new, old = stage / "new", stage / "old"
+        temporary = Path(tempfile.mkdtemp(prefix=".russet-", suffix=".part", dir=folder))
+        new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
         _move(new, old, folder)
@@ -42,8 +42,8 @@ def staged(folder: Path, nbytes: int) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise CheckpointError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if not existed:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only if it is empty: nothing was moved into it

@@ -1,51 +1,167 @@
-"""A checkpoint folder in Diffusers form: model_index.json, and a folder for each component with config and weights."""
+"""A checkpoint folder in Diffusers form: its model_index.json, and the classes of its components.
+
+Class names in a checkpoint may be hostile: they are looked up in a table and never imported.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import importlib
 import re
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from russet.checkpoints import weight_names
-from russet.checkpoints.classes import COMPONENTS, TABLE, Entry, find
-from russet.checkpoints.formats.opening import Weights, open_shards, open_weights
-from russet.checkpoints.weight_names import Choice
 from russet.errors import ConfigError, MissingFile, UnsafeFile
 from russet.file_io import read_json
 
-log = logging.getLogger(__name__)
-
 INDEX = "model_index.json"
+CONFIG_FILES = {
+    "model": "config.json",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "processor": "preprocessor_config.json",
+}
 _NAME = re.compile(r"\w{1,100}", re.ASCII)
 
 
+# ------------------------------------------------------------------------------------------------- component classes
+
+
 @dataclasses.dataclass(frozen=True)
-class Index:
-    """What model_index.json says: the pipeline's class, and for each component the name of its class or None."""
+class ClassEntry:
+    """What is known about a component's class before it is imported.
+
+    ``library`` is what model_index.json files name as its origin; it also decides the names of weight files.
+    """
+
+    name: str
+    library: Literal["diffusers", "transformers", "stable_diffusion"]
+    module: str
+    kind: Literal["model", "scheduler", "tokenizer", "processor"]
+    model_type: str = ""  # in the config of a model of transformers
+
+    def load(self) -> type[Any]:
+        """The class itself."""
+        cls: type[Any] = getattr(importlib.import_module(f"russet.{self.module}"), self.name)
+        return cls
+
+    @property
+    def config_file(self) -> str:
+        """The name of its JSON file."""
+        return CONFIG_FILES[self.kind]
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """Extension → how the names of its weight files begin."""
+        if self.library == "diffusers":
+            return {"safetensors": "diffusion_pytorch_model", "bin": "diffusion_pytorch_model"}
+        return {"safetensors": "model", "bin": "pytorch_model"}
+
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+CLASSES: dict[str, ClassEntry] = {
+    entry.name: entry
+    for entry in (
+        ClassEntry("UNet2DConditionModel", "diffusers", "models.unet", "model"),
+        ClassEntry("AutoencoderKL", "diffusers", "models.vae", "model"),
+        ClassEntry("AutoencoderTiny", "diffusers", "models.tiny_vae", "model"),
+        ClassEntry("CLIPTextModel", "transformers", "models.clip_text", "model", "clip_text_model"),
+        ClassEntry("CLIPTextModelWithProjection", "transformers", "models.clip_text", "model", "clip_text_model"),
+        ClassEntry("CLIPVisionModelWithProjection", "transformers", "models.clip_vision", "model", "clip_vision_model"),
+        ClassEntry("StableDiffusionSafetyChecker", "stable_diffusion", "models.safety_checker", "model", "clip"),
+        ClassEntry("CLIPTokenizer", "transformers", "text.tokenizer", "tokenizer"),
+        ClassEntry("CLIPImageProcessor", "transformers", "images.clip_processor", "processor"),
+        *(ClassEntry(name, "diffusers", "schedulers.named", "scheduler") for name in SCHEDULERS),
+    )
+}
+
+# Other names that checkpoints have for the same classes.
+ALIASES = {
+    "CLIPFeatureExtractor": "CLIPImageProcessor",
+    "CLIPImageProcessorFast": "CLIPImageProcessor",
+    "CLIPImageProcessorPil": "CLIPImageProcessor",
+    "CLIPTokenizerFast": "CLIPTokenizer",
+}
+
+# Components of all pipelines; an index may leave out those that it does without.
+COMPONENTS = (
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "unet",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
+
+
+def find_class(name: str, where: str) -> ClassEntry:
+    """The entry of a class name; ConfigError if Russet has no such class, with ``where`` it was named."""
+    entry = CLASSES.get(ALIASES.get(name, name))
+    if entry is None:
+        known = ", ".join(sorted(CLASSES))
+        raise ConfigError(f"{where} asks for the class {name[:100]!r}, which Russet does not have; it has {known}")
+    return entry
+
+
+def entry_of(cls: type[Any]) -> ClassEntry:
+    """The entry of one of Russet's classes, or of a subclass of one; ConfigError if it is neither."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("russet.") and base.__name__ in CLASSES:
+            return CLASSES[base.__name__]
+    raise ConfigError(f"{cls.__name__} is not a component that Russet can load or save")
+
+
+def check_class(entry: ClassEntry, config: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError where a model's config names another class than the one that was asked for."""
+    names = config.get("_class_name") if entry.library == "diffusers" else config.get("architectures")
+    given = names if isinstance(names, list) else [names]
+    known = {name for name in given if isinstance(name, str) and name in CLASSES}
+    if known and entry.name not in known:
+        raise ConfigError(f"{where} is the config of a {', '.join(sorted(known))}, not of a {entry.name}")
+
+
+# ------------------------------------------------------------------------------------------------- model_index.json
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineIndex:
+    """A model_index.json: the pipeline's class, and for each component the name of its class or None."""
 
     class_name: str
     parts: Mapping[str, str | None]
     raw: Mapping[str, Any]
     where: str
 
-    def entries(self, skipped: Collection[str]) -> dict[str, Entry]:
-        """The components to be loaded, with their classes; ``skipped`` are provided by the caller.
-
-        Raises:
-            ConfigError: a class that Russet does not have.
-        """
-        return {
-            part: find(name, f"{self.where}, {part}")
-            for part, name in self.parts.items()
-            if name is not None and part not in skipped
-        }
+    def entries(self, skipped: Collection[str]) -> dict[str, ClassEntry]:
+        """The components to be loaded, with their classes; ``skipped`` are provided by the caller."""
+        wanted = {part: name for part, name in self.parts.items() if name is not None and part not in skipped}
+        return {part: find_class(name, f"{self.where}, {part}") for part, name in wanted.items()}
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> PipelineIndex:
     """Reads and checks model_index.json.
 
     Raises:
@@ -59,7 +175,7 @@ def read_index(folder: Path) -> Index:
     return parse_index(read_json(path), str(path))
 
 
-def parse_index(raw: Mapping[str, Any], where: str) -> Index:
+def parse_index(raw: Mapping[str, Any], where: str) -> PipelineIndex:
     """Checks the content of a model_index.json; raises as ``read_index`` does."""
     class_name = raw.get("_class_name")
     if not isinstance(class_name, str):
@@ -76,68 +192,11 @@ def parse_index(raw: Mapping[str, Any], where: str) -> Index:
             raise ConfigError(f"{where}: {part} must be [library, class] or [null, null], not {reprlib.repr(value)}")
     if not any(parts.values()):
         raise ConfigError(f"{where} names no component")
-    return Index(class_name, parts, raw, where)
-
-
-def find_weights(folder: Path, entry: Entry, variant: str | None, use_safetensors: bool | None) -> Choice:
-    """The weight files of one component.
-
-    Raises:
-        MissingFile: there are none of the kind asked for; the error says which there are.
-    """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    choice = weight_names.choose(names, entry.stems, variant, use_safetensors)
-    if choice is None:
-        raise MissingFile(f"{folder} {no_weights(names, entry, use_safetensors)}")
-    return choice
-
-
-def no_weights(names: Collection[str], entry: Entry, use_safetensors: bool | None) -> str:
-    """Why no weights were found among ``names``, as the end of a sentence."""
-    wanted = [f"{stem}.{extension}" for extension, stem in entry.stems.items()]
-    if found := weight_names.variants(names, entry.stems):
-        return f"has weights only as a variant; pass variant={' or '.join(repr(name) for name in sorted(found))}"
-    if use_safetensors is not None and weight_names.choose(names, entry.stems, None, None):
-        return f"has no {wanted[0] if use_safetensors else wanted[1]}; leave out use_safetensors={use_safetensors}"
-    return f"has no weights: looked for {' and '.join(wanted)}, whole or in shards"
-
-
-def check_variant(choices: Mapping[str, Choice], variant: str | None, where: object) -> None:
-    """Reports components that lack the variant.
-
-    Raises:
-        MissingFile: none has it; the error says which variants there are.
-    """
-    lacking = sorted(part for part, choice in choices.items() if choice.variant != variant)
-    if lacking and len(lacking) == len(choices):
-        found = sorted(frozenset().union(*(choice.variants for choice in choices.values())))
-        there = f"there are {', '.join(found)}" if found else "there is none; leave out variant="
-        raise MissingFile(f"{where} has no weights of the variant {variant!r}; {there}")
-    if lacking:
-        log.info("%s: no variant %r of %s; using the plain files there", where, variant, ", ".join(lacking))
-
-
-def open_component(folder: Path, choice: Choice) -> Weights:
-    """Reads the headers of a component's weight files."""
-    path = folder / choice.first
-    return open_shards(path) if choice.sharded else open_weights(path)
-
-
-def check_class(entry: Entry, config: Mapping[str, Any], where: str) -> None:
-    """Compares the class that was asked for with the one that a model's config names.
-
-    Raises:
-        ConfigError: they are different networks.
-    """
-    names = config.get("_class_name") if entry.library == "diffusers" else config.get("architectures")
-    given = names if isinstance(names, list) else [names]
-    known = {name for name in given if isinstance(name, str) and name in TABLE}
-    if known and entry.name not in known:
-        raise ConfigError(f"{where} is the config of a {', '.join(sorted(known))}, not of a {entry.name}")
+    return PipelineIndex(class_name, parts, raw, where)
 
 
 def _instead(folder: Path) -> str:
-    """A hint at what a folder without model_index.json is."""
+    """What a folder without model_index.json seems to be."""
     names = {path.name for path in folder.iterdir()}
     if names & {"config.json", "scheduler_config.json"}:
         return ": it is a single component; load it with the from_pretrained of its class"

@@ -1,4 +1,4 @@
-"""What looking into a checkpoint tells: plain data, and the same as lines of text."""
+"""What is reported about a checkpoint: plain data, and the same as lines of text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from russet.checkpoints.layouts.detection import Kind
+from russet.checkpoints.layouts.detection import FileKind
 
 EMA = "unet (averaged)"
 SHOWN = 5  # names listed of many
-TOLD = {  # metadata that says something to a person, and how it is called
+SHOWN_METADATA = {  # metadata of interest to a person, and its label
     "modelspec.title": "title",
     "modelspec.author": "author",
     "modelspec.license": "license",
@@ -48,16 +48,16 @@ class LoraReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CheckpointReport:
     """What a file or folder is. ``print(report)`` reads as text.
 
     ``size``: bytes on disk. ``pipeline``: the class that loads it, "" where none does; ``obstacle`` says why then.
     ``model``: the bundled configs that a single file loads with. ``configs``: component → JSON data. ``predicts``: what
-    the model's output means, and how that is known. ``unused``: tensors of no network that are not known to be spare.
+    the model's output means, and how that is known. ``unused``: tensors of no network that may have been needed.
     """
 
     path: str
-    kind: Kind
+    kind: FileKind
     size: int
     parts: tuple[PartReport, ...]
     pipeline: str = ""
@@ -99,7 +99,7 @@ class Report:
             yield from lora_rows(self.lora)
         if self.unused:
             yield "not used", listed(self.unused)
-        for key, label in TOLD.items():
+        for key, label in SHOWN_METADATA.items():
             if text := self.metadata.get(key):
                 yield label, text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -108,7 +108,7 @@ class Report:
 
 
 def lora_rows(lora: LoraReport) -> Iterator[tuple[str, str]]:
-    yield "rank", ", ".join(map(str, lora.ranks)) or "not told by its tensors"
+    yield "rank", ", ".join(map(str, lora.ranks)) or "unknown"
     yield "changes", ", ".join(f"{count} layers of {network}" for network, count in lora.layers.items())
     if lora.unknown is None:
         yield "base", "cannot be told from its tensors"
@@ -123,7 +123,7 @@ def listed(names: tuple[str, ...]) -> str:
 
 
 def printable(text: str) -> str:
-    """A stranger's text without what would act on a terminal."""
+    """Text from a file without the characters that control a terminal."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 

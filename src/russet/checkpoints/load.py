@@ -1,4 +1,4 @@
-"""The door to checkpoints: a pipeline's components, or one component, from wherever they are.
+"""A pipeline's components, or one component, loaded from wherever they are.
 
 Everything that can be known without the weights is checked first: the index, the classes, every config, the headers of
 every weight file, and that names and shapes fit. Only then is the first byte of a weight read.
@@ -11,23 +11,97 @@ import logging
 import os
 import time
 from collections.abc import Collection, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from russet.checkpoints import folder
-from russet.checkpoints.classes import COMPONENTS, entry_of
-from russet.checkpoints.formats import weight_file
-from russet.checkpoints.layouts import old_configs
-from russet.checkpoints.locate import locate
-from russet.checkpoints.options import Options, Precision, precision_of, read_dtype
-from russet.checkpoints.pending_weights import PendingWeights
-from russet.errors import ArgumentTypeError, MissingFile, UnsafeFile, UnsupportedArgument
+from russet.checkpoints.arguments import Options, Precision, locate, precision_of, read_dtype
+from russet.checkpoints.folder import COMPONENTS, ClassEntry, entry_of
+from russet.checkpoints.formats import tensor_source
+from russet.checkpoints.formats.tensor_source import TensorSource
+from russet.checkpoints.formats.weight_files import WeightFiles, check_variant, choose_weight_files
+from russet.checkpoints.layouts import old_checkpoints
+from russet.checkpoints.load_state_dict import build, check, load_state_dict
+from russet.errors import ArgumentTypeError, ConfigError, MissingFile, UnsafeFile, UnsupportedArgument
+from russet.file_io import read_json
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+EXTRA_TENSORS = 2000  # that a model may have beyond those in its file, so that the error can list what is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class PendingWeights:
+    """A component whose weights are not read yet: the component itself, and for a model the sources of its tensors."""
+
+    component: Any
+    where: str
+    files: WeightFiles | None = None
+    sources: Mapping[str, TensorSource] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        target: type[Any],
+        entry: ClassEntry,
+        place: Path,
+        options: Options,
+        *,
+        repair: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> PendingWeights:
+        """Makes a component from its folder ``place``; of a model's weights only the headers are read.
+
+        Args:
+            target: the class to make: that of ``entry`` or a subclass.
+            repair: whether known faults of old configs are repaired.
+            dtype: of a model's parameters until its weights are read.
+        """
+        if entry.kind in ("tokenizer", "processor"):
+            return cls(target.from_files(place), str(place))
+        where = str(place / entry.config_file)
+        data = read_json(place / entry.config_file)
+        if entry.kind == "model":
+            folder.check_class(entry, data, where)
+        config = target.config_class.from_dict(data, where)
+        if repair:
+            config = old_checkpoints.repaired(config, where)
+        if entry.kind == "scheduler":
+            return cls(target(config), str(place))
+        names = {path.name for path in place.iterdir()}
+        files = choose_weight_files(names, entry.stems, options.variant, options.use_safetensors, str(place))
+        weights = files.open(place)
+        try:
+            model = build(target, config, limit=len(weights.tensors) + EXTRA_TENSORS, dtype=dtype)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        sources: Mapping[str, TensorSource] = weights.tensors
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        if weights.shapes != wanted:
+            sources = old_checkpoints.renamed(sources, wanted)
+        check(model, sources, weights.where)
+        return cls(model, str(place), files, sources)
+
+    def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """The component, complete: a model in ``dtype`` on ``device``."""
+        if self.sources:
+            load_state_dict(self.component, self.sources, self.where, dtype=dtype, device=device)
+        return self.component
+
+    def for_reloading(self) -> PendingWeights:
+        """The same without the component, which would be kept alive otherwise."""
+        return dataclasses.replace(self, component=None)
+
+    def refill(
+        self, network: nn.Module, *, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format
+    ) -> None:
+        """Reads the weights into a network that has none, or has lost them."""
+        load_state_dict(network, self.sources, self.where, dtype=dtype, device=device, memory_format=memory_format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +137,8 @@ def pipeline(
             float32.
         options: how to find the files.
         device: where the weights go, tensor by tensor, without the whole model being on the CPU first.
-        postponed: leaves networks without memory, to be filled later; not where files cannot be held open.
+        postponed: leaves networks without memory, for their weights to be read later; has no effect where files cannot
+            be kept open.
 
     Raises:
         InputError: an argument has a wrong value, or an override names no component.
@@ -79,25 +154,24 @@ def pipeline(
     index = folder.read_index(place)
     check_overrides(overrides, index.parts)
     started = time.perf_counter()
-    repair = old_configs.repairs_apply(index.class_name)
+    repair = old_checkpoints.repairs_apply(index.class_name)
+    precisions = {part: precision_of(dtype, part) for part in index.parts}
     pending = {
-        part: PendingWeights.read(
-            entry.load(), entry, place / part, options, repair=repair, dtype=precision_of(dtype, part)
-        )
+        part: PendingWeights.read(entry.load(), entry, place / part, options, repair=repair, dtype=precisions[part])
         for part, entry in index.entries(skipped=overrides).items()
     }
-    choices = {part: weights.choice for part, weights in pending.items() if weights.choice is not None}
-    folder.check_variant(choices, options.variant, place)
-    postponed = postponed and weight_file.HELD
+    chosen = {part: weights.files for part, weights in pending.items() if weights.files is not None}
+    check_variant(chosen, options.variant, place)
+    postponed = postponed and tensor_source.KEEP_OPEN
     made = {
-        part: weights.component if postponed else weights.make(precision_of(dtype, part), device)
+        part: weights.component if postponed else weights.make(precisions[part], device)
         for part, weights in pending.items()
     }
     done = "opened" if postponed else "loaded"
     log.info("%s: %s %s in %.2f s", source, done, ", ".join(made), time.perf_counter() - started)
     components = {part: made.get(part) for part in index.parts} | overrides
-    filled = {made[part]: weights for part, weights in pending.items() if weights.sources}
-    return Loaded(index.class_name, components, index.raw, os.fspath(source), filled)
+    readers = {made[part]: weights for part, weights in pending.items() if weights.sources}
+    return Loaded(index.class_name, components, index.raw, os.fspath(source), readers)
 
 
 def component(
@@ -138,8 +212,8 @@ def component(
     if not (place / entry.config_file).is_file() and (place / folder.INDEX).is_file():
         raise MissingFile(f"{place} is a whole pipeline; pass subfolder= to say which part of it is the {cls.__name__}")
     weights = PendingWeights.read(cls, entry, place, wanted)
-    if weights.choice is not None:
-        folder.check_variant({"": weights.choice}, wanted.variant, place)
+    if weights.files is not None:
+        check_variant({"": weights.files}, wanted.variant, place)
     made: T = weights.make(precision_of(precision, ""))
     return made
 

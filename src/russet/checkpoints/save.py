@@ -14,12 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from russet.checkpoints.atomic_directory import staged
-from russet.checkpoints.classes import Entry, entry_of
-from russet.checkpoints.folder import INDEX
+from russet.checkpoints.arguments import Options
+from russet.checkpoints.atomic_directory import atomic_directory
+from russet.checkpoints.folder import INDEX, ClassEntry, entry_of
+from russet.checkpoints.formats.weight_files import is_weight_file
 from russet.checkpoints.formats.writing import read_size, write_weights
-from russet.checkpoints.options import Options
-from russet.checkpoints.weight_names import belongs
 from russet.errors import ArgumentTypeError
 from russet.file_io import write_json
 
@@ -55,12 +54,12 @@ def pipeline(
     for part in components:
         data[part] = [entries[part].library, entries[part].name] if part in entries else [None, None]
     goal = _folder(folder)
-    with staged(goal, sum(_size(value) for value in components.values())) as stage:
+    with atomic_directory(goal, sum(_size(value) for value in components.values())) as temporary:
         for part, entry in entries.items():
-            (stage / part).mkdir()
-            _write(components[part], entry, stage / part, settings)
-        write_json(stage / INDEX, data)
-        written = {part: _names(stage / part) for part in entries}
+            (temporary / part).mkdir()
+            _write(components[part], entry, temporary / part, settings)
+        write_json(temporary / INDEX, data)
+        written = {part: _names(temporary / part) for part in entries}
     for part, entry in entries.items():
         _tidy(goal / part, entry, variant, written[part])
 
@@ -77,9 +76,9 @@ def component(
     settings = _Settings(variant, read_size(max_shard_size), safe_serialization)
     entry = entry_of(type(part))
     goal = _folder(folder)
-    with staged(goal, _size(part)) as stage:
-        _write(part, entry, stage, settings)
-        written = _names(stage)
+    with atomic_directory(goal, _size(part)) as temporary:
+        _write(part, entry, temporary, settings)
+        written = _names(temporary)
     _tidy(goal, entry, variant, written)
 
 
@@ -97,7 +96,7 @@ class _Settings:
             raise ArgumentTypeError(f"safe_serialization must be a bool, not {type(self.safe_serialization).__name__}")
 
 
-def _write(part: Any, entry: Entry, folder: Path, settings: _Settings) -> None:
+def _write(part: Any, entry: ClassEntry, folder: Path, settings: _Settings) -> None:
     if entry.kind in ("tokenizer", "processor"):
         part.save(folder)
         return
@@ -113,7 +112,7 @@ def _write(part: Any, entry: Entry, folder: Path, settings: _Settings) -> None:
         )
 
 
-def config_data(part: Any, entry: Entry) -> dict[str, Any]:
+def config_data(part: Any, entry: ClassEntry) -> dict[str, Any]:
     """The content of a component's JSON file: what was read from one, with the class as it is now."""
     data = part.config.to_dict()
     if entry.library == "diffusers":
@@ -141,9 +140,9 @@ def _names(folder: Path) -> frozenset[str]:
     return frozenset(path.name for path in folder.iterdir())
 
 
-def _tidy(folder: Path, entry: Entry, variant: str | None, written: Collection[str]) -> None:
+def _tidy(folder: Path, entry: ClassEntry, variant: str | None, written: Collection[str]) -> None:
     """Removes weights of an earlier save under other names (shards, a pickle), which would be read instead."""
     if entry.kind == "model":
         for path in folder.iterdir():
-            if path.name not in written and belongs(path.name, entry.stems, variant):
+            if path.name not in written and is_weight_file(path.name, entry.stems, variant):
                 path.unlink()

@@ -1,4 +1,4 @@
-"""The command ``russet``: which commands there are, and how each of them ends.
+"""The command ``russet``: which commands there are, and their exit codes.
 
 Exit codes: 0 done, 1 an error, 2 a wrong argument, 130 interrupted by Ctrl-C.
 """
@@ -18,7 +18,7 @@ from russet.errors import InputError, RussetError
 
 
 class Commands(click.Group):
-    """Commands, and a prompt: what is neither a command nor an option of the group is something to draw."""
+    """The commands; a first argument that is neither a command nor an option of the group is a prompt."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(context) for name in parameter.opts}
@@ -34,7 +34,7 @@ class Commands(click.Group):
 )
 @click.version_option(russet.__version__, prog_name="russet", message="%(prog)s %(version)s")
 def app() -> None:
-    """Draws pictures from words with Stable Diffusion.
+    """Generates images from text with Stable Diffusion.
 
     \b
         russet "a photo of an astronaut riding a horse on mars"
@@ -60,12 +60,11 @@ for command in (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits with its code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(run(words))
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(words: list[str]) -> int:
-    """Runs the command line; returns the exit code. ``--debug`` lets errors through with their traceback."""
+    """Runs the command line; returns the exit code. With ``--debug`` errors are raised, with their traceback."""
     debug = "--debug" in words
     try:
         code: Any = app([word for word in words if word != "--debug"], prog_name="russet", standalone_mode=False)
@@ -73,7 +72,7 @@ def run(words: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         complain("interrupted")
         return 130
-    except BrokenPipeError:  # whoever read the output has gone; what is still to be flushed must not complain either
+    except BrokenPipeError:  # the reader of stdout has gone; flushing what is left must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except click.UsageError as error:
@@ -82,18 +81,12 @@ def run(words: list[str]) -> int:
     except click.ClickException as error:
         complain(error.format_message())
         return error.exit_code
-    except RussetError as error:
-        if debug:
-            raise
-        complain(str(error))
-        return 2 if isinstance(error, InputError) else 1
     except Exception as error:
         if debug:
             raise
-        complain(
-            f"an error that should not happen: {type(error).__name__}: {error}\nrun it again with --debug to see where"
-        )
-        return 1
+        unexpected = f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where"
+        complain(str(error) if isinstance(error, RussetError) else unexpected)
+        return 2 if isinstance(error, InputError) else 1
 
 
 def complain(message: str) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import click
 
-from russet.cli.job import Job, job_options
-from russet.cli.pictures import draw, loaded
-from russet.cli.screen import Screen
+from russet.cli.common import Screen
+from russet.cli.generate import Job, generate, job_options, load
 from russet.errors import DoesNotFit, InputError, RussetError
 from russet.file_io import parse_json, read_text
 
@@ -28,7 +27,7 @@ KEYS = {
     "number": "a whole number",
     "output": "a text",
 }
-"""What a JSON line may say; each stands for the option of that name."""
+"""The keys of a JSON line, each for the option of its name, and their types."""
 
 TYPES: dict[str, tuple[type, ...]] = {"a text": (str,), "a whole number": (int,), "a number": (int, float)}
 FAILED = 1
@@ -38,11 +37,12 @@ FAILED = 1
 @click.argument("file")
 @job_options
 def command(file: str, **options: Any) -> int:
-    """Draws every prompt of FILE, with one model.
+    """Generates images from every prompt of FILE, with one model.
 
     FILE has a prompt on each line, or a JSON object with the key prompt and any of negative, steps, guidance, seed,
-    width, height, number and output; `-` is stdin. What a line leaves out, the options say. All lines are read before
-    the first is drawn; one that cannot be drawn is reported, and the others go on. With --json each report is a line.
+    width, height, number and output; `-` is stdin. The options stand for what a line leaves out. All lines are checked
+    before the first is generated. A prompt that fails is reported, and the others go on. With --json each report is a
+    line.
     """
     text = sys.stdin.read() if file == "-" else read_text(Path(file))
     jobs = list(read_jobs(text.splitlines(), Job(prompt="", **options), file))
@@ -51,15 +51,15 @@ def command(file: str, **options: Any) -> int:
     screen = Screen(quiet=options["quiet"] or options["as_json"])
     code = 0
     with screen.warnings():
-        pipe, times = loaded(jobs[0], screen)
+        pipe, times = load(jobs[0], screen)
         for count, job in enumerate(jobs, start=1):
             screen.line(f"{count} of {len(jobs)}: {job.prompt}")
             try:
-                draw(job, pipe, screen, times)
+                generate(job, pipe, screen, times)
             except (InputError, DoesNotFit) as error:
-                click.echo(f"russet: {job.prompt!r} was not drawn: {error}", err=True)
+                click.echo(f"russet: {job.prompt!r} failed: {error}", err=True)
                 code = FAILED
-            times = {}  # the start and the loading belong to the first
+            times = {}  # starting and loading count for the first only
     return code
 
 
@@ -72,13 +72,13 @@ def read_jobs(lines: Iterable[str], pattern: Job, where: str) -> Iterator[Job]:
     for number, line in enumerate(lines, start=1):
         if not (text := line.strip()):
             continue
-        said: dict[str, Any] = (
+        given: dict[str, Any] = (
             {"prompt": text} if not text.startswith("{") else read_object(text, f"{where}, line {number}")
         )
-        if "output" in said:
-            said["output"] = Path(said["output"])
+        if "output" in given:
+            given["output"] = Path(given["output"])
         try:
-            yield replace(pattern, **said).settled()
+            yield replace(pattern, **given).checked()
         except RussetError as error:
             raise InputError(f"{where}, line {number}: {error}") from None
 
@@ -86,14 +86,14 @@ def read_jobs(lines: Iterable[str], pattern: Job, where: str) -> Iterator[Job]:
 def read_object(text: str, where: str) -> dict[str, Any]:
     """A JSON line, its keys and the types of its values checked."""
     try:
-        said = parse_json(text, where)
+        given = parse_json(text, where)
     except RussetError as error:
         raise InputError(str(error)) from None
-    if unknown := [key for key in said if key not in KEYS]:
+    if unknown := [key for key in given if key not in KEYS]:
         raise InputError(f"{where}: no key is called {', '.join(unknown)}; there are {', '.join(KEYS)}")
-    for key, value in said.items():
+    for key, value in given.items():
         if not isinstance(value, TYPES[KEYS[key]]) or isinstance(value, bool):
             raise InputError(f"{where}: {key} must be {KEYS[key]}, not {json.dumps(value)}")
-    if "prompt" not in said:
+    if "prompt" not in given:
         raise InputError(f"{where}: the key prompt is missing")
-    return dict(said)
+    return dict(given)

@@ -1,4 +1,4 @@
-"""``russet inspect``: what a file or folder is, told from its headers and configs; and how a picture was made."""
+"""``russet inspect``: what a file or folder is, by its headers and configs; and how an image was made."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import click
 from russet.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
-    from russet.checkpoints.inspect_report import Report
+    from russet.checkpoints.inspect_report import CheckpointReport
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "safety_checker")
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--size", metavar="WxH", help="Also predict what a picture of this size takes here: 512x512.")
+@click.option("--size", metavar="WxH", help="Also predict the memory for an image of this size: 512x512.")
 @click.option("--device", metavar="NAME", help="The device for --size. [default: the best one]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(path: Path, size: str | None, device: str | None, as_json: bool) -> None:
-    """Tells what PATH is, without reading its weights.
+    """Shows what PATH is, without reading its weights.
 
-    PATH is a checkpoint's file or folder, a LoRA, mini, or a picture that Russet or the web UI made.
+    PATH is a checkpoint's file or folder, a LoRA, mini, or an image that Russet or the web UI made.
     """
     if path.suffix.lower() == ".png":
         inspect_picture(path, as_json)
@@ -41,18 +41,18 @@ def command(path: Path, size: str | None, device: str | None, as_json: bool) -> 
         click.echo("\n".join([str(report), *(f"  {name + ':':<22}{text}" for name, text in memory.items())]))
 
 
-def memory_for(report: Report, size: str, device: str | None) -> str:
-    """What a picture of a size takes on a device, in words.
+def memory_for(report: CheckpointReport, size: str, device: str | None) -> str:
+    """The memory that an image of a size takes on a device, in words.
 
     Raises:
-        UsageError: ``size`` is no size.
+        UsageError: ``size`` is not a size.
         InputError: the report is not about a whole model.
     """
     match = re.fullmatch(r"(\d+)[x×](\d+)", size)
     if match is None:
         raise click.UsageError(f"a size is two numbers of pixels, such as 512x768, not {size!r}")
     if not {"unet", "vae"} <= set(report.configs):
-        raise InputError(f"{report.path} holds no whole model, so nothing can be predicted for a picture")
+        raise InputError(f"{report.path} holds no whole model, so no memory can be predicted")
     from russet.hardware.facts import gigabytes, read_facts
     from russet.planning.plan import plan
     from russet.planning.workload import Workload
@@ -67,20 +67,20 @@ def memory_for(report: Report, size: str, device: str | None) -> str:
 
 
 def inspect_picture(path: Path, as_json: bool) -> None:
-    """Prints how a picture was made, as its ``parameters`` text says.
+    """Prints how an image was made, as its ``parameters`` text says.
 
     Raises:
-        InputError: it is no picture, or does not say.
+        InputError: it is no image, or does not say.
     """
     from PIL import Image
 
-    from russet.images.metadata import KEY, Parameters
+    from russet.images.png import KEY, Parameters
 
     try:
         with Image.open(path) as image:
             text = image.info.get(KEY)
     except OSError as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from None
+        raise InputError(f"{path} cannot be read as an image: {error}") from None
     if not isinstance(text, str):
         raise InputError(f"{path} does not say how it was made: it has no {KEY!r} text")
     click.echo(

@@ -18,8 +18,8 @@ def pull(model: str, variant: str | None, revision: str | None) -> None:
 
     Only the files that a pipeline needs are fetched, safetensors where there are such. Prints the folder.
     """
+    from russet.checkpoints.arguments import Options
     from russet.checkpoints.hub import cache
-    from russet.checkpoints.options import Options
 
     click.echo(cache.pull(model, Options(variant=variant, revision=revision)))
 

@@ -154,7 +154,7 @@ class UNetCall:
             x = repeated_rows(x, len(self.context))
         if branch is None:
             return (unet(x, t, text, **conditions, return_dict=False)[0].float(),)
-        emb = unet.embed(x, cast(Any, t), **conditions)
+        emb = unet.embed(x, cast(Any, t), class_labels=None, **conditions)
         output, deep_map = from_deep_map(unet, x, emb, text, branch, deep_map)
         return output.float(), deep_map
 

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from russet.models.autoencoder import Autoencoder
-from russet.schedulers.schedule import Run
+from russet.schedulers.schedule import Passage
 
 Predict = Callable[[Tensor, float], Tensor]
 
@@ -44,7 +44,7 @@ class Step:
         return self.latents_later()
 
 
-def denoise(run: Run, predict: Predict, index: int = 0) -> Iterator[Step]:
+def denoise(run: Passage, predict: Predict, index: int = 0) -> Iterator[Step]:
     """Calls the model until the run has no place left to evaluate it at, and yields after each call.
 
     A caller that sets ``run.latents`` between two steps changes what the next one starts from. ``index``: of the first.

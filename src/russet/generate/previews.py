@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +21,9 @@ from russet.images.conversion import to_pil
 from russet.models.autoencoder import Autoencoder
 from russet.models.tiny_vae import AutoencoderTiny
 from russet.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURES, PATCHES, LATENTS = 4, 4, 4
 """The pictures of patches: how many, patches along a side, latents along the side of a patch."""

@@ -138,6 +138,7 @@ class Run(Generic[Output]):
         self.clock = Clock()
         self.interrupt = False
         self.notes: list[str] = size_notes(self.resolved.width, self.resolved.height, self.plan)
+        self.closed = False
         self._cancelled = False
         self._make_output = output
         self._output: Output | None = None
@@ -195,6 +196,7 @@ class Run(Generic[Output]):
 
     def close(self) -> None:
         """Gives the networks back; what is left of the run cannot be made any more. ``result`` does it, too."""
+        self.closed = True
         self._steps.close()  # type: ignore[attr-defined]
         networks, self._networks = self._networks, None
         if networks is not None:
@@ -263,10 +265,18 @@ class Run(Generic[Output]):
         start = self.spec.start.latents(resolved.schedule, noise, resolved.geometry, self._encode_pictures)
         self.clock.enter("denoise")
         loop = self._loop = self._new_loop(conditioning)
-        if warm_up:
-            self._warm_up(conditioning, start)
-        with self.pipe.progress_bar(total=loop.total) as bar:
+        try:
+            if warm_up:
+                self._warm_up(conditioning, start)
             noise = dataclasses.replace(noise, dtype=self._scheduler.noise_dtype(drawn_in))
+            yield from self._steps_of(loop, noise, start)
+        finally:
+            loop.close()
+        self.pipe.finite_in = self._unet_dtype if loop.finite and not loop.notes else None
+        self.notes += loop.notes
+
+    def _steps_of(self, loop: DenoisingLoop, noise: NoiseSource, start: Tensor) -> Iterator[RunStep]:
+        with self.pipe.progress_bar(total=loop.total) as bar:
             for step in loop.steps(noise, start, lambda: self.stopped):
                 bar.update(step.index + 1 - bar.n)
                 if self.spec.callback.function is not None:
@@ -274,8 +284,6 @@ class Run(Generic[Output]):
                 self.clock.pause()
                 yield RunStep(step.index, loop.total, step.t, step.x0, step)
                 self.clock.enter("denoise")
-        self.pipe.finite_in = self._unet_dtype if loop.finite and not loop.notes else None
-        self.notes += loop.notes
 
     def _encode(self) -> Conditioning:
         """The conditioning of all images, on the device."""

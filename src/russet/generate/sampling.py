@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -16,8 +16,7 @@ from russet.generate.guidance import Guidance
 from russet.generate.overflow import CHECK_EVERY, Fallback, FiniteMonitor, Snapshot
 from russet.residency.form import Precision
 from russet.rng import NoiseSource
-from russet.schedulers.schedule import Run as Passage
-from russet.schedulers.schedule import Schedule
+from russet.schedulers.schedule import Passage, Schedule
 
 Build = Callable[[Conditioning, Guidance], Predict]
 AtWork = Callable[[str, "Precision | None"], AbstractContextManager[Any]]
@@ -63,6 +62,10 @@ class DenoisingLoop:
     def change(self, conditioning: Conditioning, guidance: Guidance) -> None:
         """Has the next step made with other conditioning or guidance."""
         self.conditioning, self.guidance, self._denoiser = conditioning, guidance, None
+
+    def close(self) -> None:
+        """Frees what the denoiser keeps, as the text's keys and values, and lets go of the run: no step follows."""
+        self._denoiser, self._build, self._at_work = None, _closed, _closed
 
     @property
     def latents(self) -> Tensor:
@@ -121,3 +124,7 @@ class DenoisingLoop:
 
     def _snapshot(self, step: int, latents: Tensor, noise: NoiseSource) -> Snapshot:
         return Snapshot(step, latents, noise.state(), self.conditioning, self.guidance)
+
+
+def _closed(*args: object) -> NoReturn:
+    raise AssertionError("a loop that was closed makes no more steps")

@@ -1,6 +1,6 @@
 """What this machine is, as plain data: a plan is made from these facts alone, so any Mac can be planned for anywhere.
 
-``read_facts`` asks the real machine; ``mac`` writes a Mac down from a few words:
+``read_facts`` reads the real machine; ``mac`` describes a Mac in a few words:
 
     mac("M1", memory_gib=8, macos="14.5", torch="2.13.0")
 """
@@ -14,21 +14,13 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from russet.errors import DeviceError, InputError
-from russet.hardware.system import (
-    cpu_amx,
-    cpu_bf16,
-    cpu_name,
-    glibc_decides,
-    on_macos,
-    process_memory,
-    sysctl,
-    within_container,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -36,16 +28,17 @@ if TYPE_CHECKING:
 Version = tuple[int, ...]
 
 GIB = 2**30
+PYTHON_AND_TORCH = 400 * 2**20  # bytes of memory that the two take without any weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """One device and the machine around it. Sizes are bytes; a version is a tuple, empty where it does not apply.
 
-    ``memory`` is what the device has in all: the unified memory of a Mac, a GPU's own, a computer's RAM. ``available``
-    is what of it can be taken now without pushing others out; ``held`` is what this process has taken of it already
-    (weights, cached blocks), which a plan may use again. On ``mps`` the
-    ``working_set`` is Metal's recommended limit for the GPU, and ``largest_buffer`` what one tensor may take.
+    ``memory`` is all memory of the device: the unified memory of a Mac, a GPU's own, a computer's RAM. ``available`` is
+    free now, without swapping other programs out; ``held`` is what this process uses of it already (weights, cached
+    blocks), which a plan may use again. On ``mps`` the ``working_set`` is Metal's recommended limit for the GPU, and
+    ``largest_buffer`` the limit for one tensor.
     """
 
     device: str  # "mps", "cuda" or "cpu"
@@ -71,8 +64,8 @@ class Facts:
     bf16: bool = False
     amx: bool = False  # whether a CPU has matrix units for bfloat16 that torch uses (x86's AMX)
     triton: bool = False  # whether kernels can be compiled for the device
-    glibc: bool = False  # whether glibc decides what becomes of freed memory, by its own rules
-    onednn: bool = False  # whether torch hands out oneDNN's operation for linear layers
+    glibc: bool = False  # whether glibc's malloc with its default settings frees memory
+    onednn: bool = False  # whether torch has oneDNN's operator for linear layers
 
     @property
     def chip_family(self) -> str:
@@ -82,22 +75,22 @@ class Facts:
 
     @property
     def unified(self) -> bool:
-        """Whether CPU and device share one memory, so that moving weights between them frees nothing."""
+        """Whether CPU and device share one memory, so that moving weights between them frees none."""
         return self.device != "cuda"
 
     @property
     def limit(self) -> int:
-        """Bytes that the work must never pass: beyond, the device fails or the whole machine swaps."""
+        """Bytes that must never be exceeded: beyond, the device fails or the whole machine swaps."""
         if self.device == "mps":
             return min(self.working_set or self.memory, self.memory)
-        if self.system == "macOS":  # its memory is compressed and swapped before anything fails
+        if self.system == "macOS":  # which compresses and swaps memory before anything fails
             return max(self.budget, int(self.memory * 0.9))
         return self.budget
 
     @property
     def budget(self) -> int:
-        """Bytes that the work should stay within: free now, or held already, less a margin for what is not counted."""
-        margin = 0.8 if self.device == "mps" else 0.92  # a Mac's other programs want more now and then
+        """Bytes to stay within: those free now or held already, less a margin for what is not counted."""
+        margin = 0.8 if self.device == "mps" else 0.92  # a Mac's other programs need more now and then
         free = int((self.available + self.held) * margin)
         return min(free, self.limit) if self.device == "mps" else free
 
@@ -191,8 +184,8 @@ def best_device() -> str:
 def read_facts(device: str | torch.device | None = None, *, weights: int = 0) -> Facts:
     """The facts of this machine for a device (``"mps"``, ``"cuda:1"``, …); by default the best one that it has.
 
-    ``weights`` are bytes on the device that the work itself holds already; on a GPU with memory of its own, whatever
-    else this process has there is in the way like any other program's.
+    weights: the bytes of this pipeline's weights that are on the device already; on a GPU with memory of its own,
+    anything else of this process counts as used, like another program's memory.
 
     Raises:
         InputError: a device of another kind.
@@ -200,70 +193,127 @@ def read_facts(device: str | torch.device | None = None, *, weights: int = 0) ->
     """
     name = str(device) if device is not None else best_device()
     kind, _, index = name.partition(":")
-    common = machine_facts()
     if kind == "cpu":
-        return cpu_facts(common)
+        return cpu_facts(machine_facts())
     if kind == "mps":
-        return mps_facts(common)
+        return mps_facts(machine_facts())
     if kind == "cuda":
-        return cuda_facts(common, int(index) if index.isdigit() else 0, weights)
+        return cuda_facts(machine_facts(), int(index) if index.isdigit() else 0, weights)
     raise InputError(f"Russet runs on 'mps', 'cuda' and 'cpu', not on {name!r}")
 
 
 def machine_facts() -> dict[str, Any]:
-    """What is the same whichever device is used."""
+    """The facts that do not depend on the device."""
     import psutil
     import torch
 
-    memory = psutil.virtual_memory()
+    memory, mps, macos = psutil.virtual_memory(), torch.backends.mps, platform.mac_ver()[0]
     total, available = within_container(memory.total, memory.available)
-    cuda = torch.version.cuda
-    mps = torch.backends.mps
     return {
         "memory": total,
         "available": available,
         "ram": total,
         "swap_used": psutil.swap_memory().used,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
-        "system": "macOS" if on_macos() else platform.system(),
-        "macos": parse_version(platform.mac_ver()[0]) if on_macos() else (),
+        "system": "macOS" if macos else platform.system(),
+        "macos": parse_version(macos) if macos else (),
         "machine": platform.machine(),
-        "rosetta": sysctl("sysctl.proc_translated") == "1",
+        "rosetta": bool(macos) and sysctl("sysctl.proc_translated") == "1",
         "python": tuple(sys.version_info[:3]),
         "torch": parse_version(torch.__version__),
         "mps_built": mps.is_built() if hasattr(mps, "is_built") else False,
         "mps_available": mps.is_available(),
-        "cuda": parse_version(cuda) if cuda else (),
+        "cuda": parse_version(torch.version.cuda) if torch.version.cuda else (),
     }
 
 
+def within_container(total: int, available: int) -> tuple[int, int]:
+    """Total and available memory, lowered to the limit of a Linux container (cgroup v2)."""
+    limit, used = (read_text(f"/sys/fs/cgroup/memory.{part}") for part in ("max", "current"))
+    if not (limit.isdigit() and used.isdigit()):
+        return total, available
+    return min(total, int(limit)), max(0, min(available, int(limit) - int(used)))
+
+
+def process_memory() -> int:
+    """Bytes of memory that this process holds beyond Python and torch themselves: weights, mostly."""
+    import psutil
+
+    return max(0, int(psutil.Process().memory_info().rss) - PYTHON_AND_TORCH)
+
+
+@functools.cache
+def sysctl(name: str) -> str:
+    """One value of macOS's sysctl; empty for an unknown name."""
+    try:
+        done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def read_text(path: str) -> str:
+    """A small file's text; empty where it cannot be read."""
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def cpu_facts(common: dict[str, Any]) -> Facts:
-    """The processor. oneDNN's linear layer is an operation of its own from torch 2.0 on."""
+    """The processor. torch has an operator for oneDNN's linear layer from 2.0 on."""
     import torch
 
+    chip, flags = cpu()
     built = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
     return Facts(
         device="cpu",
-        chip=cpu_name(),
+        chip=chip,
         held=process_memory(),
-        bf16=cpu_bf16(),
-        amx=built and common["torch"] >= (2, 0) and cpu_amx() and torch_sees_amx(),
+        bf16=not flags.isdisjoint(("amx_bf16", "avx512_bf16")),
+        amx=built and common["torch"] >= (2, 0) and has_amx(flags) and torch_sees_amx(),
         glibc=glibc_decides(),
         onednn=built and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
         **common,
     )
 
 
+@functools.cache
+def cpu() -> tuple[str, frozenset[str]]:
+    """The name of the processor, and the instruction sets that Linux reports for it (empty on other systems)."""
+    if platform.system() == "Darwin":
+        return sysctl("machdep.cpu.brand_string") or platform.machine(), frozenset()
+    found = dict(re.findall(r"^(model name|flags)\s*:\s*(.*)$", read_text("/proc/cpuinfo"), re.MULTILINE))
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return name, frozenset(found.get("flags", "").split())
+
+
+def has_amx(flags: frozenset[str]) -> bool:
+    """Whether a CPU with these instruction sets has matrix units for bfloat16 (x86's AMX) that oneDNN may use."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "AMX")).upper()
+    return {"amx_bf16", "amx_tile"} <= flags and ("AMX" in allowed or allowed in ("DEFAULT", "ALL"))
+
+
 def torch_sees_amx() -> bool:
-    """What torch says of AMX where it can be asked (2.5 on); True where it cannot."""
+    """What torch says of AMX (2.5 on); True where it cannot say."""
     import torch
 
     ask = getattr(getattr(torch, "cpu", None), "_is_amx_tile_supported", None)
     return ask is None or bool(ask())
 
 
+def glibc_decides() -> bool:
+    """Whether glibc's malloc frees memory, and its settings are the defaults."""
+    try:
+        version = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None
+    except ValueError:  # another C library
+        version = None
+    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    return bool(version) and not tuned and "LD_PRELOAD" not in os.environ
+
+
 def mps_facts(common: dict[str, Any]) -> Facts:
-    """A Mac's GPU; raises DeviceError, with the reason, where torch cannot use one."""
+    """A Mac's GPU. Raises DeviceError with the reason where torch cannot use it."""
     import torch
 
     if not common["mps_available"]:
@@ -277,7 +327,7 @@ def mps_facts(common: dict[str, Any]) -> Facts:
     return Facts(
         device="mps",
         chip=sysctl("machdep.cpu.brand_string") or "Apple GPU",
-        held=max(driver, process_memory()),  # weights are on one side or the other of the same memory
+        held=max(driver, process_memory()),  # the weights are in one of the two, in the same memory
         working_set=working_set,
         largest_buffer=apple_largest_buffer(working_set),
         bf16=apple_bf16(common["torch"], common["macos"]),
@@ -286,7 +336,7 @@ def mps_facts(common: dict[str, Any]) -> Facts:
 
 
 def why_no_mps(common: dict[str, Any]) -> str:
-    """The reason in words, and what to do about it."""
+    """The reason why mps is not available, and what to do about it."""
     if common["system"] != "macOS":
         return f"this is {common['system']}, and mps is the GPU of a Mac; use 'cuda' or 'cpu'"
     if common["rosetta"] or common["machine"] != "arm64":
@@ -298,14 +348,14 @@ def why_no_mps(common: dict[str, Any]) -> str:
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether Triton is there, and the C compiler that it builds its launchers with."""
+    """Whether Triton is installed, and a C compiler with which it builds its launchers."""
     compilers = ("gcc", "clang", "cc")
     found = "CC" in os.environ or any(shutil.which(name) for name in compilers)
     return found and importlib.util.find_spec("triton") is not None
 
 
 def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
-    """An NVIDIA (or, through ROCm, AMD) GPU; raises DeviceError where there is none of that number."""
+    """An NVIDIA (or, through ROCm, AMD) GPU. Raises DeviceError where there is none of that index."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -316,7 +366,9 @@ def cuda_facts(common: dict[str, Any], index: int, weights: int) -> Facts:
     return Facts(
         device="cuda",
         chip=card.name,
-        held=weights + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index),  # and freed, but cached
+        held=weights
+        + torch.cuda.memory_reserved(index)
+        - torch.cuda.memory_allocated(index),  # freed, but cached by torch
         capability=(card.major, card.minor),
         bf16=card.major >= 8,
         triton=card.major >= 7 and torch.version.hip is None and can_compile(),

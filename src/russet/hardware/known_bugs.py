@@ -1,4 +1,4 @@
-"""Known defects of PyTorch, most of them on mps, as rows: where, what it does, and what Russet does about it.
+"""Known defects of PyTorch, most of them on mps, as rows: where they are, what they do, and how Russet avoids them.
 
 The plan asks for rows by id (``affected``). A new defect is a new row here and one place that reads it, never a
 comparison of versions elsewhere. Sources are public threads and the PyPI wheels, never a guess from a version number.
@@ -16,7 +16,7 @@ ANY: Version = ()
 
 @dataclass(frozen=True)
 class Bug:
-    """One defect. A range is (first version that has it, first that has not); ``()`` leaves that end open."""
+    """One defect. A range is (first version with it, first without); ``()`` leaves that end open."""
 
     id: str
     what: str
@@ -29,18 +29,13 @@ class Bug:
     devices: frozenset[str] = frozenset({"mps"})
 
     def holds(self, facts: Facts) -> bool:
-        """Whether a machine has the defect; an unknown macOS is taken to have it."""
+        """Whether a machine has the defect; an unknown macOS is assumed to have it."""
+        versions = [(facts.torch, self.torch), *([(facts.macos, self.macos)] if facts.macos else [])]
         return (
             facts.device in self.devices
-            and within(facts.torch, self.torch)
-            and (not facts.macos or within(facts.macos, self.macos))
+            and all(version >= first and (not fixed or version < fixed) for version, (first, fixed) in versions)
             and (not self.chips or facts.chip_family in self.chips)
         )
-
-
-def within(version: Version, bounds: tuple[Version, Version]) -> bool:
-    first, fixed = bounds
-    return version >= first and (not fixed or version < fixed)
 
 
 def known(facts: Facts) -> tuple[Bug, ...]:
@@ -49,9 +44,8 @@ def known(facts: Facts) -> tuple[Bug, ...]:
 
 
 def affected(facts: Facts, bug_id: str) -> Bug | None:
-    """The row of that id where it holds on the machine, else None. An id without a row raises KeyError."""
-    bug = BY_ID[bug_id]
-    return bug if bug.holds(facts) else None
+    """The row of an id if the machine has the defect, else None. An unknown id raises KeyError."""
+    return bug if (bug := BY_ID[bug_id]).holds(facts) else None
 
 
 BUGS: tuple[Bug, ...] = (
@@ -212,9 +206,9 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "batched-linear",
-        "linear layers with a bias are wrong for tokens of several rows",
+        "linear layers with a bias are wrong for the tokens of several rows",
         "noise instead of pictures",
-        "tokens go through linear layers as one long row of them",
+        "the tokens of all rows go through linear layers as one matrix",
         PYTORCH + "192934",
         torch=(ANY, (2, 14)),
         macos=((26,), (27,)),
@@ -222,18 +216,18 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "batched-linear-m5",
-        "in half precision linear layers give other numbers each time for tokens of several rows",
+        "in half precision, results of linear layers change from call to call for the tokens of several rows",
         "noise instead of pictures",
-        "tokens go through linear layers as one long row of them",
+        "the tokens of all rows go through linear layers as one matrix",
         PYTORCH + "180776",
         torch=(ANY, (2, 13)),
         chips=frozenset({"M5"}),
     ),
     Bug(
         "dropped-bias",
-        "a linear layer drops its bias where a row comes alone",
+        "a linear layer drops its bias for a single row",
         "the time is embedded wrongly: noise instead of pictures",
-        "vectors that come alone go through linear layers in pairs",
+        "single vectors go through linear layers as two rows",
         PYTORCH + "188438",
         torch=(ANY, (2, 14)),
         macos=((26,), (27,)),
@@ -241,17 +235,17 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "gathered-operands",
-        "operands of a product that are not in order are copied before each product",
+        "operands of a matrix product that are not contiguous are copied before each product",
         "weights that are read transposed would be copied in each call",
-        "sums are no parts of products, which would read weights transposed",
+        "residual sums are not fused into products, as those would read weights transposed",
         "https://github.com/pytorch/pytorch/pull/128393",
         macos=(ANY, (15,)),
     ),
     Bug(
         "expanded-operands",
-        "products of operands that are only seen as several, by a stride of 0, are wrong",
+        "batched products of operands that are expanded with a stride of 0 are wrong",
         "most rows are zeros",
-        "what is multiplied with several matrices is copied for each, or not multiplied so",
+        "such operands are copied for each product, or multiplied in another way",
         PYTORCH + "180201",
         macos=((15,), ANY),
     ),
@@ -294,7 +288,7 @@ BUGS: tuple[Bug, ...] = (
         "graph-cache",
         "each new tensor shape adds a compiled graph that is never freed",
         "memory grows with every new picture size",
-        "sizes left open are rounded to a few; tiles and chunks keep one shape",
+        "default sizes are rounded to a few; tiles and chunks keep one shape",
         PYTORCH + "132596",
     ),
     Bug(
@@ -316,7 +310,7 @@ BUGS: tuple[Bug, ...] = (
         "no-float64",
         "float64 is not supported",
         "an error",
-        "schedules are Python's own numbers, tensors are float32",
+        "schedules are Python's own floats, tensors are float32",
         "https://github.com/huggingface/diffusers/issues/358",
     ),
     Bug(

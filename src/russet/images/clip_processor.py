@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from russet.component import Component
 from russet.config import Config
 from russet.errors import ArgumentTypeError, InputError
 from russet.file_io import read_json, write_json
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FILE = "preprocessor_config.json"
 SIZES = ({"shortest_edge"}, {"height", "width"})
@@ -117,6 +119,8 @@ class CLIPImageProcessor(Component):
         """
         if return_tensors != "pt":
             raise InputError(f'return_tensors can only be "pt", not {return_tensors!r}')
+        from PIL import Image
+
         batch = [images] if isinstance(images, Image.Image) else list(images)
         rows = [self._prepared(image) for image in batch]
         if len({row.shape for row in rows}) > 1:
@@ -125,6 +129,8 @@ class CLIPImageProcessor(Component):
 
     def _prepared(self, image: Image.Image) -> torch.Tensor:
         """One picture as [3, H, W] float32."""
+        from PIL import Image
+
         if not isinstance(image, Image.Image):
             raise ArgumentTypeError(f"a picture must be a Pillow image, not {type(image).__name__}")
         config, image = self.config, opaque(image)
@@ -145,6 +151,8 @@ class CLIPImageProcessor(Component):
 
 def opaque(image: Image.Image) -> Image.Image:
     """The picture as RGB; what is transparent shows white."""
+    from PIL import Image
+
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")

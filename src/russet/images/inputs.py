@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from russet import validation
 from russet.errors import ArgumentTypeError, InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def read_pictures(name: str, value: Any, *, multiple: int, latent_channels: int | None = None) -> Tensor:
@@ -28,6 +30,8 @@ def read_pictures(name: str, value: Any, *, multiple: int, latent_channels: int 
         ArgumentTypeError: something that is no picture.
         InputError: an empty list, values that are not finite, pictures of several sizes or kinds, or too small ones.
     """
+    from PIL import Image
+
     items = list(value) if isinstance(value, (list, tuple)) else [value]
     if not items:
         raise InputError(f"{name} is an empty list: give at least one picture")
@@ -59,6 +63,8 @@ def same(name: str, items: Sequence[Any]) -> bool:
 
 
 def from_images(name: str, images: Sequence[Image.Image], multiple: int) -> Tensor:
+    from PIL import Image, ImageOps
+
     images = [as_rgb(ImageOps.exif_transpose(image) or image) for image in images]
     width, height = fitting(name, images[0].size, multiple)
     images = [
@@ -71,6 +77,8 @@ def from_images(name: str, images: Sequence[Image.Image], multiple: int) -> Tens
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as RGB. Transparency is left out; 16-bit grays lose their lower half."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # which Pillow would clip at 255
         values = np.asarray(image, dtype=np.int64)
         image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))

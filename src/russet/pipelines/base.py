@@ -14,7 +14,7 @@ from torch import nn
 from typing_extensions import Self
 
 from russet import validation
-from russet.checkpoints import load, save
+from russet.checkpoints import load
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.pipelines.single_files import SingleFiles
 from russet.pipelines.switches import Switches
@@ -200,6 +200,8 @@ class DiffusionPipeline(Switches, SingleFiles):
         Raises:
             CheckpointError: the folder cannot be written; what stood there before is intact.
         """
+        from russet.checkpoints import save
+
         index = {**self.index, "requires_safety_checker": self.requires_safety_checker}
         components = self._components()
         for name, part in self.parts.items():

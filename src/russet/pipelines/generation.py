@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Concatenate, Generic, Literal, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, Literal, Protocol, TypeVar, cast, overload
 
 import torch
-from PIL import Image
 from torch import Tensor
 from typing_extensions import ParamSpec
 
@@ -24,6 +23,9 @@ from russet.planning.plan_types import COMPONENTS, decided_as
 from russet.planning.workload import Workload
 from russet.residency import weights
 from russet.schedulers.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Output = TypeVar("Output")
 
@@ -196,7 +198,7 @@ class GenerationPipeline(DiffusionPipeline, Generic[Output]):
         now, and none that begins later.
         """
         run = current_run(self)
-        return any(one.stopped for one in self._open) if run is None else run.stopped
+        return any(one.stopped for one in self._open if not one.closed) if run is None else run.stopped
 
     @interrupt.setter
     def interrupt(self, value: bool) -> None:

@@ -6,11 +6,12 @@ import base64
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from russet.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +57,8 @@ class StableDiffusionPipelineOutput:
         return png(images[0]) if images else None
 
     def _pictures(self) -> list[Image.Image]:
+        from PIL import Image
+
         listed = self.images if isinstance(self.images, list) else []
         return [image for image in listed if isinstance(image, Image.Image)]
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import Self
 
 from russet.checkpoints import load
-from russet.checkpoints.single_file.load import single_file
-from russet.checkpoints.single_file.save import save_single_file
 from russet.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -70,6 +68,8 @@ class SingleFiles:
             ConfigError: a config cannot be built.
             InputError: an argument has a wrong type or value, or names no component.
         """
+        from russet.checkpoints.single_file.load import single_file
+
         precision = load.read_dtype(torch_dtype=torch_dtype, dtype=dtype)
         options = load.Options(
             revision=revision,
@@ -112,5 +112,7 @@ class SingleFiles:
             InputError: the path does not end in .safetensors, or a network is missing.
             CheckpointError: the file cannot be written; one that stood there before is intact.
         """
+        from russet.checkpoints.single_file.save import save_single_file
+
         with self.weights_in_memory():
             save_single_file(self._components(), path)

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from russet import validation
 from russet.errors import ArgumentTypeError
 from russet.generate.deep_cache import DeepCache
@@ -98,6 +96,8 @@ class Switches(MovesNetworks):
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """The bar that shows the steps of a call: a tqdm over ``iterable`` or with ``total`` steps."""
+        from tqdm.auto import tqdm
+
         if (iterable is None) == (total is None):
             raise ArgumentTypeError("progress_bar takes either an iterable or a total")
         options = self._progress

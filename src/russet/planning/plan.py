@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
-from html import escape
 from typing import Any
 
 from russet.errors import DoesNotFit
@@ -88,6 +87,8 @@ class Plan(Decisions):
 
     def _repr_html_(self) -> str:
         """The plan as a table for notebooks."""
+        from html import escape
+
         rows = "".join(
             f"<tr><td>{escape(one.name)}</td><td>{escape(format_value(one.value))}</td>"
             f"<td>{'as requested; ' if one.by == 'user' else ''}{escape(one.reason)}</td></tr>"

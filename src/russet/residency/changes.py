@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from russet.checkpoints.formats.tensor_source import Source
+from russet.checkpoints.formats.tensor_source import TensorSource
 from russet.residency.weights import named
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -78,7 +78,7 @@ def checksum(x: Tensor) -> int:
     return int(x.view(BITS[x.element_size()]).sum(dtype=torch.int64)) if x.dtype != torch.bool else int(x.sum())
 
 
-def checksums_of_source(sources: Mapping[str, Source], dtype: torch.dtype) -> dict[str, int]:
+def checksums_of_source(sources: Mapping[str, TensorSource], dtype: torch.dtype) -> dict[str, int]:
     """Name → checksum of what is read from the file for a network in ``dtype``."""
     found = {}
     for name, source in sources.items():

@@ -22,7 +22,7 @@ from torch import nn
 
 from russet.backends.cuda.graphs import Graphs
 from russet.backends.module_list import modules, places
-from russet.checkpoints.pending_weights import PendingWeights
+from russet.checkpoints.load import PendingWeights
 from russet.errors import InputError
 from russet.passes.base import Changes
 from russet.planning.plan import Plan
@@ -130,7 +130,7 @@ class ManagedNetwork:
             mark_loaded(network)
             other: nn.Module = copy.deepcopy(network, memo)
             managed = of(other)
-            managed.source, managed._changed = self.source, self._changed
+            managed.source, managed._changed = copy.deepcopy(self.source, memo), self._changed
             if not self.in_memory and self.handed_out:
                 mark_unloaded(network, self)
             if self._uses:

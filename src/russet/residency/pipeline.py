@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from russet import validation
 from russet.backends.cuda.graphs import Graphs
-from russet.checkpoints.options import read_dtype
+from russet.checkpoints.arguments import read_dtype
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
 from russet.hardware.facts import best_device, read_facts
 from russet.planning.plan import Plan, PlanCache, Request

@@ -1,7 +1,7 @@
-"""The schedulers' configs: Diffusers' keys, each with its type, its usual default and what it may be, in one table.
+"""The schedulers' configs: Diffusers' keys with their types, usual defaults and ranges, in one table.
 
-A key that a config did not have, and so has its class's default, is not carried over to another class, which has a
-default of its own: so does Diffusers' ``from_config``. A value that only another class knows (``solver_type: bh2``) is
+As in Diffusers' ``from_config``, a key that was missing from a config, and so has its class's default, is not carried
+over to another class: that one has its own default. A value that only another class knows (``solver_type: bh2``) is
 read as this class's default and kept, so that going there and back loses nothing.
 """
 
@@ -24,9 +24,9 @@ VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 
 
 class Key:
-    """default: the usual one; a class may have another. least, most: both included.
+    """default: the usual one; a class may have another. least, most: the range, both included.
 
-    kinds: the types that it may be of, where that is not the default's; a class takes the first that its default is of.
+    kinds: the possible types, if not the default's; a class has the first that fits its own default.
     """
 
     def __init__(self, default: Any, *kinds: Any, least: float = -math.inf, most: float = math.inf):
@@ -37,7 +37,7 @@ class Key:
 
 
 KEYS: Mapping[str, Key] = {
-    "num_train_timesteps": Key(1000, least=1, most=100_000),  # each has a number in several lists
+    "num_train_timesteps": Key(1000, least=1, most=100_000),  # they are entries of several tables
     # the noise that the model was trained with, and what its output means
     "beta_start": Key(0.0001),
     "beta_end": Key(0.02),
@@ -54,7 +54,7 @@ KEYS: Mapping[str, Key] = {
     "use_lu_lambdas": Key(False),
     "sigma_min": Key(None, float | None),
     "sigma_max": Key(None, float | None),
-    "lambda_min_clipped": Key(-math.inf, Any),  # JSON has -Infinity, a float of a config has not
+    "lambda_min_clipped": Key(-math.inf, Any),  # -Infinity is valid in JSON, and is no float of a config
     "final_sigmas_type": Key("zero", Literal["zero", "sigma_min"]),
     "set_alpha_to_one": Key(True),
     # limits of the predicted image; dynamic thresholding is arXiv:2205.11487, section 2.3
@@ -76,12 +76,14 @@ KEYS: Mapping[str, Key] = {
     "predict_x0": Key(True),
     "disable_corrector": Key((), tuple[int, ...]),
     "noise_sampler_seed": Key(None, int | tuple[int, ...] | None),
-    "original_inference_steps": Key(50, least=1),  # that the model was distilled for (arXiv:2310.04378)
+    "original_inference_steps": Key(50, least=1),  # of the distillation (arXiv:2310.04378)
     "timestep_scaling": Key(10.0),
     "s_churn": Key(10.0, least=0),  # by how much the noise is raised, and where (arXiv:2206.00364, table 5)
     "s_tmin": Key(0.0),
     "s_tmax": Key(None, float | None),
-    "restart_times": Key(1, least=0, most=3),  # how often a run goes back up, and where (arXiv:2306.14878)
+    "restart_times": Key(
+        1, least=0, most=3
+    ),  # how often the noise is raised again, and from where to where (arXiv:2306.14878)
     "restart_sigma_min": Key(0.1),
     "restart_sigma_max": Key(2.0),
     # flow matching and continuous time, which are not supported
@@ -109,7 +111,7 @@ HIGH_ORDER = (*TRAINED, *SIGMAS, *THRESHOLDING, "solver_order", "solver_type", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(Config):
-    """What every scheduler's config has, and how it is carried from one class to another."""
+    """The base of all schedulers' configs: checks, and how a config is carried over to another class."""
 
     num_train_timesteps: int = KEYS["num_train_timesteps"].default
 
@@ -139,7 +141,7 @@ class SchedulerConfig(Config):
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> Self:
-        super().of(None, changes)  # names that the class does not have
+        super().of(None, changes)  # refuses names that the class does not have
         return cls.merged(config or {}, changes)
 
     @classmethod
@@ -148,8 +150,8 @@ class SchedulerConfig(Config):
 
     @classmethod
     def merged(cls, config: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") -> Self:
-        """A config with changes made to it; they win over what was kept for this class, and count as given."""
-        if isinstance(config, Mapping):  # what is none is refused by the base
+        """A config with ``changes``, which take precedence over values that were kept for this class."""
+        if isinstance(config, Mapping):  # the base class refuses anything else
             kept, unset, kinds = config.get(FOREIGN, {}), config.get(UNSET, ()), field_types(cls)
             config = {**{name: value for name, value in config.items() if name not in unset}, **kept, **changes}
             odd = [name for name in config.keys() & kinds.keys() if not conforms(config[name], kinds[name])]
@@ -163,10 +165,7 @@ class SchedulerConfig(Config):
 
 
 def config_class(owner: type, keys: Sequence[str], defaults: Mapping[str, Any]) -> type[SchedulerConfig]:
-    """The config class of a scheduler: keys with their usual defaults, and keys with defaults of the scheduler's own.
-
-    It is named after the scheduler, in errors and in pickles.
-    """
+    """The config class of a scheduler, named after it in errors and pickles. defaults: those of its own."""
     own = {**{name: KEYS[name].default for name in keys}, **defaults}
     fields = [(name, KEYS[name].kind(value), dataclasses.field(default=value)) for name, value in own.items()]
     how: Any = {"bases": (SchedulerConfig,), "frozen": True, "kw_only": True}

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from russet.rng import Noise
-from russet.schedulers.noise import Point
+from russet.schedulers.noise_levels import Point
 from russet.schedulers.solvers import Points, Steps, pairs, plus
 
 

@@ -1,4 +1,4 @@
-"""The schedulers by their Diffusers class names: a row of config keys, a convention for the latents, and a solver.
+"""The schedulers by their Diffusers class names: config keys, the convention for the latents, and a solver.
 
 Keys and defaults are Diffusers'. The classes at the end are Russet's own, for samplers that Diffusers does not have.
 """
@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from russet.errors import InputError
-from russet.schedulers import multistep, solvers, spacing
+from russet.schedulers import multistep, noise_levels, solvers
 from russet.schedulers.configs import CLIPPING, HIGH_ORDER, RANGE, SIGMAS, SPACED, THRESHOLDING, ZERO_SNR
 from russet.schedulers.multistep import Exponential
-from russet.schedulers.noise import ALMOST_PURE_NOISE, CosineTable, Point, Table
-from russet.schedulers.schedule import Border, Schedule
+from russet.schedulers.noise_levels import ALMOST_PURE_NOISE, CosineTable, NoiseTable, Point
+from russet.schedulers.schedule import Parameterization, Schedule
 from russet.schedulers.scheduler import Scheduler
 from russet.schedulers.solvers import Solver
 
@@ -65,15 +65,15 @@ class PNDMScheduler(Scheduler, keys=SPACED, timestep_spacing="leading", skip_prk
         start = partial(multistep.runge_kutta_start, middle=lambda a, b: self.point_at(b.t + (a.t - b.t) // 2))
         return partial(multistep.pndm, start=start, starts=3)
 
-    def from_call(self, plan: Schedule, call: int) -> Schedule:
-        """From the middle no step is made twice: where the timesteps name one twice, a step has the length 0."""
-        return plan if call == 0 else dataclasses.replace(plan, points=plan.calls[call:], solver=IPNDM)
+    def from_call(self, schedule: Schedule, call: int) -> Schedule:
+        """From the middle no step is made twice: where a timestep comes twice, a step has the length 0."""
+        return schedule if call == 0 else dataclasses.replace(schedule, points=schedule.calls[call:], solver=IPNDM)
 
-    def starts(self, plan: Schedule) -> list[int]:
-        return list(range(len(plan.calls)))
+    def starts(self, schedule: Schedule) -> list[int]:
+        return list(range(len(schedule.calls)))
 
 
-class VarianceExploding(Scheduler, variance_preserving=False, whole=False):
+class VarianceExploding(Scheduler, variance_preserving=False, integer_timesteps=False):
     """The schedulers of k-diffusion: latents are x0 + sigma * eps, timesteps may be fractional."""
 
 
@@ -128,7 +128,7 @@ class DPMSolverSDEScheduler(VarianceExploding, keys=(*K_DIFFUSION, "noise_sample
         return partial(solvers.dpmpp_sde, at=self.point_of, seed=self.key("noise_sampler_seed"))
 
 
-class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP, spare=1, takes_variance_noise=True):
+class DPMSolverMultistepScheduler(Scheduler, keys=MULTISTEP, extra_steps=1, takes_variance_noise=True):
     """DPM-Solver and DPM-Solver++ that remember, 1M to 3M, and their SDE forms (arXiv:2206.00927, 2211.01095)."""
 
     noise_in_float32 = True
@@ -171,7 +171,7 @@ class DEISMultistepScheduler(
         return Point(0.0, self.table.sigma(0))
 
 
-class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2", spare=1):
+class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2", extra_steps=1):
     """UniPC (arXiv:2302.04867) of the orders 1 to 3, a predictor with a corrector."""
 
     def solver(self, steps: int, **options: Any) -> Solver:
@@ -181,16 +181,16 @@ class UniPCMultistepScheduler(Scheduler, keys=UNIPC, solver_type="bh2", spare=1)
         return partial(multistep.multistep, rule=rule, order=order, tail=tail, corrected=corrected)
 
 
-class IPNDMScheduler(Scheduler, keys=("trained_betas",), whole=False, solver=IPNDM):
+class IPNDMScheduler(Scheduler, keys=("trained_betas",), integer_timesteps=False, solver=IPNDM):
     """The improved PNDM of arXiv:2204.13902 on noise levels of its own, for models that predict v at t in 0..1."""
 
-    def make_table(self) -> Table:
+    def make_table(self) -> NoiseTable:
         return CosineTable()
 
-    def border(self, **options: Any) -> Border:
-        return Border(self.variance_preserving, "v_prediction")
+    def parameterization(self, **options: Any) -> Parameterization:
+        return Parameterization(self.variance_preserving, "v_prediction")
 
-    def place(self, steps: int) -> list[Point]:
+    def points_for(self, steps: int) -> list[Point]:
         shares = np.sin(np.linspace(1, 0, steps + 1)[:-1] * math.pi / 2) ** 2
         return [self.point_at(math.asin(share) * 2 / math.pi) for share in shares]
 
@@ -203,7 +203,7 @@ class LCMScheduler(Scheduler, keys=DISTILLED, beta_schedule="scaled_linear", tim
     def solver(self, steps: int, **options: Any) -> Solver:
         return partial(solvers.lcm, scaling=self.key("timestep_scaling"))
 
-    def place(self, steps: int) -> list[Point]:
+    def points_for(self, steps: int) -> list[Point]:
         trained = self.key("original_inference_steps")
         if steps > trained:
             raise InputError(f"the model was distilled for {trained} steps (original_inference_steps), not {steps}")
@@ -223,8 +223,8 @@ class TCDScheduler(LCMScheduler):
     def solver(self, steps: int, **options: Any) -> Solver:
         return partial(solvers.tcd, lower=lambda b: self.point_at(math.floor((1 - options["eta"]) * b.t)))
 
-    def border(self, **options: Any) -> Border:
-        return dataclasses.replace(super().border(), limited=None)
+    def parameterization(self, **options: Any) -> Parameterization:
+        return dataclasses.replace(super().parameterization(), limit=None)
 
     def end(self) -> Point:
         return Point(0.0, self.table.sigma(0))
@@ -239,8 +239,8 @@ class EulerChurnScheduler(EulerDiscreteScheduler, keys=CHURNED, solver=partial(s
     differs from Diffusers, whose ``step(s_churn=…)`` adds the noise after the model was called.
     """
 
-    def place(self, steps: int) -> list[Point]:
-        first, *rest = super().place(steps)
+    def points_for(self, steps: int) -> list[Point]:
+        first, *rest = super().points_for(steps)
         low, high = self.key("s_tmin"), self.key("s_tmax") or math.inf
         by = 1 + min(self.key("s_churn") / steps, math.sqrt(2) - 1)
         raised = [dataclasses.replace(self.point_of(p.sigma * by), arrival=p) for p in rest]
@@ -264,11 +264,11 @@ class RestartScheduler(HeunDiscreteScheduler, keys=RESTARTED, use_karras_sigmas=
     Of 20 steps or more, a quarter goes to each of ``restart_times`` ways from ``restart_sigma_max`` down again.
     """
 
-    def place(self, steps: int) -> list[Point]:
+    def points_for(self, steps: int) -> list[Point]:
         each, times = steps // 4, self.key("restart_times")
-        down = super().place(steps - each * times if each >= 5 else steps)
+        down = super().points_for(steps - each * times if each >= 5 else steps)
         low = min(range(len(down)), key=lambda i: abs(down[i].sigma - self.key("restart_sigma_min")))
-        again = spacing.karras(each + 1, down[low].sigma, self.key("restart_sigma_max"))[:-1]
+        again = noise_levels.karras(each + 1, down[low].sigma, self.key("restart_sigma_max"))[:-1]
         if each < 5 or low == 0 or again[0] <= down[low].sigma:
             return down
         first, *rest = map(self.point_of, again.tolist())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from russet.rng import Noise, Seeds
-from russet.schedulers.noise import Point
+from russet.schedulers.noise_levels import Point
 
 Points = Sequence[Point]
 Steps = Generator[tuple[Tensor, Point], tuple[Tensor, Tensor], Tensor]

@@ -1,9 +1,9 @@
 """CLIP's tokenizer: text to the ids that the text encoder reads.
 
-The recipe is the one published with CLIP (Radford et al. 2021, arXiv:2103.00020; github.com/openai/CLIP), as the
-``tokenizers`` library runs it: Unicode NFC, runs of whitespace to one space, lower case; then words, single digits and
+The algorithm is the one published with CLIP (Radford et al. 2021, arXiv:2103.00020; github.com/openai/CLIP), run by the
+``tokenizers`` library: Unicode NFC, runs of whitespace to one space, lower case; then words, single digits and
 runs of symbols are split apart, and the bytes of each piece are merged by a table of pairs, ``</w>`` marking its end.
-The recipe is fixed; a checkpoint brings the vocabulary, the merges and the special tokens.
+The algorithm is fixed; a checkpoint brings the vocabulary, the merges and the special tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
 from russet.component import Component
 from russet.config import Config
@@ -24,6 +22,9 @@ from russet.errors import ArgumentTypeError, ConfigError, InputError
 from russet.text import tokenizer_files
 from russet.text.tokenizer_files import ROLES, Files, content
 from russet.text.tokenizer_head import START, Head, Pieces, heads
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
 
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
@@ -159,7 +160,7 @@ class CLIPTokenizer(Component):
 
         Args:
             padding: ``"max_length"``; ``"longest"`` or True, to the longest text; ``"do_not_pad"`` or False.
-            truncation: cut what is longer than ``max_length``; the eos token stays. ``cut`` tells what is lost.
+            truncation: cut what is longer than ``max_length``; the eos token stays. ``cut`` returns what is lost.
             return_tensors: ``"pt"``, or None for lists (for one text a flat list).
 
         Raises:
@@ -177,7 +178,9 @@ class CLIPTokenizer(Component):
         ids = [row + [self.pad_token_id] * gap for row, gap in zip(rows, gaps, strict=True)]
         mask = [[1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)]
         if return_tensors == "pt":
-            return Encoding(tensor(ids), tensor(mask))
+            if len({len(row) for row in ids}) > 1:
+                raise InputError("texts of different lengths make no tensor; pad them, or take return_tensors=None")
+            return Encoding(*(torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (ids, mask)))
         if return_tensors is not None:
             raise InputError(f'return_tensors must be "pt" or None, not {return_tensors!r}')
         return Encoding(ids[0], mask[0]) if isinstance(texts, str) else Encoding(ids, mask)
@@ -198,16 +201,16 @@ class CLIPTokenizer(Component):
         return text[head.place(encoded.offsets[room][0]) :] if len(encoded.ids) > room else ""
 
     def _ids(self, text: str, limit: int | None) -> list[int]:
-        if limit is None:
-            ids = self._encoded(text).ids
-        else:
-            ids = self._beginning(text, limit - 2)[1].ids[: limit - 2]
+        ids = self._encoded(text).ids if limit is None else self._beginning(text, limit - 2)[1].ids[: limit - 2]
         return [self.bos_token_id, *ids, self.eos_token_id]
 
     def _beginning(self, text: str, needed: int) -> tuple[Head, Any]:
         """As much of a text as decides its first ``needed`` tokens, and that encoded: they are those of the text."""
-        if not isinstance(text, str) or len(text) <= START or needed < 1:
-            return Head(text, (), whole=True), self._encoded(text)
+        if isinstance(text, str) and len(text) > START and needed > 0:
+            return self._beginning_of_long_text(text, needed)
+        return Head(text, (), whole=True), self._encoded(text)
+
+    def _beginning_of_long_text(self, text: str, needed: int) -> tuple[Head, Any]:
         check_unicode(text)
         added = max(map(len, (*self._added, *(content(self.config[role]) for role in ROLES))))
         pieces = Pieces(needed, added, self._longest, self.unk_token, END_OF_WORD, self._byte_pairs)
@@ -295,7 +298,10 @@ class CLIPTokenizer(Component):
 
 
 def build(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str) -> Tokenizer:
-    """The recipe of the module's docstring around a vocabulary."""
+    """The algorithm of the module's docstring with a vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
     try:
         model = BPE(
             vocab=vocab, merges=merges, unk_token=unk, continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD
@@ -303,15 +309,12 @@ def build(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str) -> Tok
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"the merges do not fit the vocabulary: {error}") from None
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    spaces, pieces = (
+        normalizers.Replace(Regex(r"\s+"), " "),
+        pre_tokenizers.Split(Regex(PIECES), "removed", invert=True),
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -326,12 +329,8 @@ def check_unicode(text: str) -> None:
 
 def added_token(token: str | Mapping[str, Any]) -> AddedToken:
     """A special token with its matching rules; one that is only a text is matched as it is written."""
+    from tokenizers import AddedToken
+
     rules = {} if isinstance(token, str) else token
     names = ("lstrip", "rstrip", "single_word", "normalized")
     return AddedToken(content(token), **{name: bool(rules.get(name, False)) for name in names})
-
-
-def tensor(rows: list[list[int]]) -> torch.Tensor:
-    if len({len(row) for row in rows}) > 1:
-        raise InputError("texts of different lengths make no tensor; pad them, or take return_tensors=None")
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")

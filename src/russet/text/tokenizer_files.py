@@ -47,10 +47,8 @@ def read(folder: Path) -> Files:
         merges = pairs(model.get("merges"), folder / "tokenizer.json")
     else:
         vocab = vocabulary(read_json(folder / "vocab.json"), folder / "vocab.json")
-        lines = read_text(folder / "merges.txt").splitlines()
-        merges = pairs(
-            [line for line in lines if line.strip() and not line.startswith("#version")], folder / "merges.txt"
-        )
+        lines = [line for line in read_text(folder / "merges.txt").splitlines() if line.strip()]
+        merges = pairs([line for line in lines if not line.startswith("#version")], folder / "merges.txt")
     config = optional_json(folder / "tokenizer_config.json")
     declared = declared_tokens(folder, config, whole)
     # As transformers: special_tokens_map.json is the older file, and wins where the newer form is absent.
@@ -132,10 +130,7 @@ def pairs(data: Any, path: Path) -> list[tuple[str, str]]:
         raise CorruptFile(f"{path} holds no merges: a list of pairs is needed")
     rows = [tuple(row.split(" ")) if isinstance(row, str) else row for row in data]
     for row in rows:
-        if (
-            not isinstance(row, (tuple, list))
-            or len(row) != 2
-            or not all(isinstance(part, str) and part for part in row)
-        ):
+        texts = isinstance(row, (tuple, list)) and all(isinstance(part, str) and part for part in row)
+        if not texts or len(row) != 2:
             raise CorruptFile(f"{path}: a merge must be two tokens, not {row!r}")
     return [(first, second) for first, second in rows]

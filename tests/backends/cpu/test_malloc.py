@@ -7,8 +7,7 @@ import sys
 
 import pytest
 
-from russet.hardware.facts import read_facts
-from russet.hardware.system import glibc_decides
+from russet.hardware.facts import glibc_decides, read_facts
 
 pytestmark = pytest.mark.skipif(not read_facts("cpu").glibc, reason="glibc by its own rules is not what is here")
 

@@ -16,14 +16,12 @@ PICTURES = """
 import importlib, itertools, sys
 import torch
 from torch.nn import functional as F
-from russet.backends.triton import ops as elementwise_triton, warmup as kernels_ahead
-from russet.models import attention
+from russet import passes
+from russet.backends.triton import layers, ops, warmup
 from kernel_launches import recorded
-from russet.models.activations import silu
-from russet.models.base import hand
-from russet.backends.module_list import modules
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
+from russet.passes.base import Choices
 
 def key(launch):  # all that Triton compiles another kernel for
     kernel = getattr(importlib.import_module(launch["module"]), launch["kernel"])
@@ -34,30 +32,30 @@ def key(launch):  # all that Triton compiles another kernel for
         return "any" if fixed else 1 if value == 1 else value % 16 == 0
     return (launch["kernel"], *map(part, kernel.params, launch["arguments"]), *launch["constants"].items())
 
-runs = kernels_ahead.runs(torch.device("cpu"), torch.float16, True, True)
-with torch.no_grad(), recorded(*kernels_ahead.KERNELS) as launches:
+runs = warmup.runs(torch.device("cpu"), torch.float16, True, True)
+with torch.no_grad(), recorded(*warmup.KERNELS) as launches:
     for run in runs:
         run()
 ahead = {key(launch) for launch in launches}
 assert len(ahead) == len(runs)
 
-elementwise_triton.computes = lambda x: x.numel() < 2**31  # meta tensors as well
+ops.computes = layers.computes = lambda x: x.numel() < 2**31  # meta tensors as well
 for name in ("conv2d", "conv_transpose2d"):  # which a GPU leaves channels-last
     def convolve(*given, conv=getattr(F, name), **named):
         return conv(*given, **named).contiguous(memory_format=torch.channels_last)
     setattr(F, name, convolve)
-steps = elementwise_triton.Fused(silu, True, True)
+wanted = dict(buffer_donation=True, ops="triton", fused_geglu=True, upsample_fusion=True, offload=None)
+choices = Choices({**passes.OFF, **wanted}, rows=2)
 vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 with torch.device("meta"), torch.no_grad():
     networks = UNet2DConditionModel(cross_attention_dim=768).half(), AutoencoderKL(**vae).half()
-    for network in networks:
-        network.to(memory_format=torch.channels_last)
-        hand(modules(network, anew=True), attention=attention.fused, steps=steps)
+    for name, network in zip(("unet", "vae"), networks):
+        passes.apply(network.to(memory_format=torch.channels_last), name, choices)
     met = set()
     for rows, (height, width) in itertools.product((1, 2, 32), ((64, 64), (72, 64), (96, 64))):
         latents = torch.empty(rows, 4, height, width, dtype=torch.half).to(memory_format=torch.channels_last)
-        with recorded(*kernels_ahead.KERNELS) as launches:
+        with recorded(*warmup.KERNELS) as launches:
             networks[0](latents, torch.tensor(1.0), torch.empty(rows, 77, 768, dtype=torch.half))
             networks[1].decode(latents[:4])
         found = {key(launch) for launch in launches}

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from russet.planning.activations import Arithmetic, Walk
 from torch import nn
 from torch.nn import functional as F
 
 from russet.backends import upsample_heuristics
-from russet.backends.ops import PLAIN
-from russet.models.activations import silu
+from russet.models.resnet import Upsample2D
+from russet.planning.activations import Arithmetic, Walk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
-from russet.backends.triton import ops, upsample  # noqa: E402
-from russet.backends.triton.ops import Fused  # noqa: E402
+from russet.backends.triton import layers, ops, upsample  # noqa: E402
+from russet.backends.triton.layers import TransposedUpsample  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +26,23 @@ def _without_gradients(monkeypatch):
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """The steps as they are on a GPU, in the interpreter too, with a rule that small maps fulfil as well."""
-    monkeypatch.setattr(ops, "computes", lambda x: True)
+def _on_a_gpu(monkeypatch):
+    """Layers as they are on a GPU, in the interpreter too, with a rule that small maps fulfil as well."""
+    for module in (ops, layers):
+        monkeypatch.setattr(module, "computes", lambda x: True)
     monkeypatch.setattr(upsample_heuristics, "WORTH", 1)
-    return Fused(silu, False, True)
+
+
+def doubled(
+    x: torch.Tensor,
+    conv: nn.Conv2d,
+    kind: type[Upsample2D] = TransposedUpsample,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """What an upsampler with this convolution makes of a map."""
+    layer = kind(1)
+    layer.conv = conv
+    return layer(x, size)
 
 
 def layer(inputs: int, outputs: int, **more) -> nn.Conv2d:
@@ -59,27 +70,29 @@ def taps(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("laid", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_weights_are_sums_as_defined_and_laid_for_channels_last_maps(channels, laid):
     weight = layer(*channels).weight.detach().contiguous(memory_format=laid)
-    found = upsample.gathered(weight)
+    found = upsample.gathered_weights(weight)
     torch.testing.assert_close(found.double(), taps(weight))
     assert found.is_contiguous(memory_format=torch.channels_last)
-    half = upsample.gathered(weight.half())  # added up in float32, and rounded once
+    half = upsample.gathered_weights(weight.half())  # added up in float32, and rounded once
     assert torch.equal(half, taps(weight.half()).half())
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize("size", [(2, 6, 5, 7), (1, 3, 1, 1), (3, 20, 1, 4), (2, 8, 9, 2)], ids=str)
-def test_a_transposed_convolution_is_that_of_the_doubled_map(size, steps):
+def test_a_transposed_convolution_is_that_of_the_doubled_map(size):
     conv, x = layer(size[1], 10), made(*size)
     exact = F.interpolate(x, scale_factor=2, mode="nearest").double()
     exact = F.conv2d(exact, conv.weight.double(), conv.bias.double(), padding=1)
-    found = steps.doubled(x, conv)
+    found = doubled(x, conv)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found, PLAIN.doubled(x, conv), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, doubled(x, conv, Upsample2D), rtol=1e-5, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_convolution_without_a_bias_is_doubled_too(steps):
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_a_convolution_without_a_bias_is_doubled_too():
     conv, x = layer(6, 4, bias=False), made(1, 6, 3, 4)
-    torch.testing.assert_close(steps.doubled(x, conv), PLAIN.doubled(x, conv), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(doubled(x, conv), doubled(x, conv, Upsample2D), rtol=1e-5, atol=1e-5)
 
 
 def ways_to_differ():
@@ -88,33 +101,31 @@ def ways_to_differ():
     yield "dilation", layer(8, 8, dilation=2)
     yield "groups", layer(8, 8, groups=2)
     yield "padding mode", layer(8, 8, padding_mode="reflect")
-    hooked = layer(8, 8)
-    hooked.register_forward_hook(lambda *_: None)
-    yield "hook", hooked
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize(("name", "conv"), list(ways_to_differ()), ids=[name for name, _ in ways_to_differ()])
-def test_other_convolutions_are_left_alone(name, conv, steps):
+def test_other_convolutions_are_left_alone(name, conv):
     x = made(1, 8, 4, 4)
     assert upsample.takes(x, layer(8, 8))
     assert not upsample.takes(x, conv), name
 
 
-def test_who_watches_a_convolution_sees_it_called(steps):
-    conv, x, seen = layer(8, 8), made(1, 8, 4, 4), []
-    conv.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
-    steps.doubled(x, conv)
-    assert seen == [(1, 8, 8, 8)]
-
-
-def test_weights_that_want_a_gradient_or_are_of_another_dtype_are_left_alone(steps):
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_weights_of_another_dtype_are_left_alone():
     x, conv = made(1, 8, 4, 4), layer(8, 8)
     assert not upsample.takes(x.half(), conv)
     assert not upsample.takes(x.double(), layer(8, 8).double())
     assert upsample.takes(x.bfloat16(), layer(8, 8).bfloat16())
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_where_a_gradient_is_wanted_pytorch_computes(monkeypatch):
+    monkeypatch.setattr(upsample, "upsampled", lambda *_: pytest.fail("the kernel has no gradient"))
+    conv = layer(8, 8).requires_grad_(True)
     with torch.enable_grad():
-        assert not upsample.takes(x, conv)
-        assert upsample.takes(x, conv.requires_grad_(False))
+        doubled(made(1, 8, 4, 4), conv).sum().backward()
+    assert conv.weight.grad is not None
 
 
 def test_small_maps_do_not_pay_and_neither_do_numbers_beyond_32_bits():
@@ -127,15 +138,16 @@ def test_small_maps_do_not_pay_and_neither_do_numbers_beyond_32_bits():
 
 
 @pytest.mark.parametrize(("side", "transposed"), [(15, False), (16, True)])
-def test_the_steps_go_by_the_rule(side, transposed, monkeypatch):
-    monkeypatch.setattr(ops, "computes", lambda x: True)
+def test_the_layer_goes_by_the_rule(side, transposed, monkeypatch):
+    for module in (ops, layers):
+        monkeypatch.setattr(module, "computes", lambda x: True)
     calls = []
     monkeypatch.setattr(F, "conv_transpose2d", lambda *a, **k: calls.append(1) or torch.conv_transpose2d(*a, **k))
     conv, x = layer(8, 8), made(1, 8, side, 32)
-    torch.testing.assert_close(Fused(silu, False, True).doubled(x, conv), PLAIN.doubled(x, conv), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(doubled(x, conv), doubled(x, conv, Upsample2D), rtol=1e-5, atol=1e-5)
     assert bool(calls) == transposed
     calls.clear()
-    torch.testing.assert_close(Fused(silu, False, False).doubled(x, conv), PLAIN.doubled(x, conv))
+    assert doubled(x, conv, size=(2 * side + 1, 64)).shape[2:] == (2 * side + 1, 64)  # not doubled to the pixel
     assert not calls
 
 

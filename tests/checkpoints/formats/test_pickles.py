@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from russet.checkpoints.formats.opening import open_weights
 from russet.checkpoints.formats.pickles import Inert, unpickle
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.errors import CheckpointError, CorruptFile, UnsafeFile
 
 from ..made import called, torch_zip

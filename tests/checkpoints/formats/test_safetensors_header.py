@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.errors import CorruptFile, MissingFile, RussetError
 
 from ..made import needs_float8, safetensors_bytes

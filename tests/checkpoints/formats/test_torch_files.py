@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.errors import CheckpointError, CorruptFile
 
 from ..made import called, needs_float8, torch_zip

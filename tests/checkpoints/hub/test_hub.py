@@ -107,9 +107,9 @@ def test_all_shards_are_fetched_with_their_index(hub: HubServer, upload: Path) -
 
 def test_one_component_and_one_file_are_fetched_alone(hub: HubServer, upload: Path, tmp_path: Path) -> None:
     repository = hub.add(REPO, upload)
-    from russet.checkpoints.classes import find
+    from russet.checkpoints.folder import find_class
 
-    folder = fetching.fetch_component(REPO, find("UNet2DConditionModel", ""), load.Options(), "unet")
+    folder = fetching.fetch_component(REPO, find_class("UNet2DConditionModel", ""), load.Options(), "unet")
     assert hub.fetched() == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     assert (folder / "unet" / "config.json").is_file()
     assert (
@@ -198,8 +198,8 @@ def test_offline_by_environment_needs_no_server(hub: HubServer, upload: Path, tm
     """In a process of its own, since huggingface_hub reads the environment when it is imported."""
     hub.add(REPO, upload)
     program = (
-        "import sys; from russet.checkpoints import hub; from russet.checkpoints.options import Options\n"
-        "try: print(hub.fetch_pipeline(sys.argv[1], Options()))\n"
+        "import sys; from russet.checkpoints.hub import download; from russet.checkpoints.arguments import Options\n"
+        "try: print(download.fetch_pipeline(sys.argv[1], Options()))\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
 

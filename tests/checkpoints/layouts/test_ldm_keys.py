@@ -12,7 +12,7 @@ import torch
 from russet.checkpoints.configs import Recipe, bundled, models
 from russet.checkpoints.formats.tensor_source import ITEM_SIZES, StoredFile, StoredTensor
 from russet.checkpoints.layouts import ldm_keys
-from russet.checkpoints.layouts.ldm_keys import LAYOUTS, Part, Place, ema_key, ignored, places
+from russet.checkpoints.layouts.ldm_keys import LAYOUTS, LdmNetwork, Place, ema_key, ignored, places
 from russet.checkpoints.load_state_dict import build
 from russet.models.clip_text import CLIPTextModel, CLIPTextModelWithProjection
 from russet.models.unet import UNet2DConditionModel
@@ -47,7 +47,7 @@ def shapes_of(recipe_name: str, component: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-def layout(name: str) -> tuple[Part, ...]:
+def layout(name: str) -> tuple[LdmNetwork, ...]:
     return LAYOUTS[next(family for family in sorted(LAYOUTS, key=len, reverse=True) if name.startswith(family))]
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from russet import AutoencoderKL, CLIPTextModel, CLIPTokenizer, UNet2DConditionModel
+from russet.checkpoints.arguments import Options
 from russet.checkpoints.configs import VOCABULARY_SIZE, bundled, clip_tokenizer, clip_vocabulary, from_folder, models
-from russet.checkpoints.options import Options
 from russet.checkpoints.single_file.component import component_recipe
 from russet.checkpoints.single_file.recipes import SingleFile
 from russet.errors import CheckpointError, ConfigError, InputError, UnsupportedArgument
@@ -140,13 +140,13 @@ def test_bundled_models_take_from_those_they_are_like() -> None:
 
 
 def test_every_bundled_config_can_be_built() -> None:
-    from russet.checkpoints.classes import find
+    from russet.checkpoints.folder import find_class
     from russet.checkpoints.layouts.ldm_keys import CLASSES
 
     for name in models():
         for part, config in bundled(name).parts.items():
             if config is not None and not part.startswith("tokenizer"):
-                entry = find(CLASSES.get(part) or config["_class_name"], name)
+                entry = find_class(CLASSES.get(part) or config["_class_name"], name)
                 kept = entry.load().config_class.from_dict(config).extra
                 assert not [key for key in kept if not key.startswith("_") and key not in KEPT]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from russet.checkpoints import load
-from russet.checkpoints.options import Options
+from russet.checkpoints.arguments import Options
 from russet.checkpoints.single_file.load import single_file
 from russet.checkpoints.single_file.locate import HubFile, hub_file, locate_file
 from russet.checkpoints.single_file.save import save_single_file

@@ -11,18 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from russet.checkpoints.layouts.detection import Kind
+from russet.checkpoints.layouts.detection import FileKind
 from russet.checkpoints.layouts.ldm_keys import UNET
 from russet.checkpoints.single_file.load import single_file
-from russet.checkpoints.single_file.prediction import decide, read_sidecar
-from russet.checkpoints.single_file.prediction_probe import tried
+from russet.checkpoints.single_file.prediction import decide_prediction, probe_prediction, read_sidecar
 from russet.checkpoints.single_file.save import gathered
 from russet.errors import CorruptFile, MissingFile
 from russet.models.unet import UNet2DConditionModel
 
 from .. import ldm_tiny
 
-SD1, SD2, XL = Kind("checkpoint", "sd1"), Kind("checkpoint", "sd2"), Kind("checkpoint", "sdxl")
+SD1, SD2, XL = FileKind("checkpoint", "sd1"), FileKind("checkpoint", "sd2"), FileKind("checkpoint", "sdxl")
 NO_WORDS = {"tokenizer": None, "tokenizer_2": None}
 
 
@@ -40,10 +39,10 @@ def ldm(**params: Any) -> dict[str, Any]:
     [
         (SD1, {}, "epsilon"),
         (XL, {}, "epsilon"),
-        (Kind("checkpoint", "sd2", "inpaint"), {}, "epsilon"),
+        (FileKind("checkpoint", "sd2", "inpaint"), {}, "epsilon"),
         (SD2, {}, None),
-        (SD2, {"asked": "epsilon"}, "epsilon"),
-        (SD2, {"asked": "v_prediction", "sidecar": ldm()}, "v_prediction"),
+        (SD2, {"requested": "epsilon"}, "epsilon"),
+        (SD2, {"requested": "v_prediction", "sidecar": ldm()}, "v_prediction"),
         (SD2, {"sidecar": ldm(parameterization="v")}, "v_prediction"),
         (SD2, {"sidecar": ldm()}, "epsilon"),
         (SD2, {"sidecar": sgm("VScaling")}, "v_prediction"),
@@ -65,16 +64,16 @@ def ldm(**params: Any) -> dict[str, Any]:
         (XL, {"metadata": {"modelspec.prediction_type": "v"}}, "v_prediction"),
     ],
 )
-def test_the_evidence_is_weighed_in_order(kind: Kind, evidence: dict[str, Any], meaning: str | None) -> None:
-    told = decide(kind, **evidence)
-    assert told.meaning == meaning
-    assert told.why
+def test_the_evidence_is_weighed_in_order(kind: FileKind, evidence: dict[str, Any], meaning: str | None) -> None:
+    found = decide_prediction(kind, **evidence)
+    assert found.meaning == meaning
+    assert found.why
 
 
 def test_yaml_is_read_as_plain_text_and_bounded(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("model:\n  params:\n    parameterization: v\n    n: 1e999999999\n")
-    assert decide(SD2, sidecar=read_sidecar(path)).meaning == "v_prediction"
+    assert decide_prediction(SD2, sidecar=read_sidecar(path)).meaning == "v_prediction"
     bombs = {
         "code": "!!python/object/apply:os.system ['true']",
         "list": "- a\n- b",
@@ -181,15 +180,15 @@ def noise_predictor() -> UNet2DConditionModel:
 
 
 def test_a_trial_tells_a_network_that_predicts_noise_from_one_that_predicts_velocity(shared_mini: Any) -> None:
-    assert tried(noise_predictor()) == "epsilon"
-    assert tried(shared_mini.unet) == "v_prediction"  # trained so; its scheduler's config says the same
+    assert probe_prediction(noise_predictor()) == "epsilon"
+    assert probe_prediction(shared_mini.unet) == "v_prediction"  # trained so; its scheduler's config says the same
 
 
 def test_a_trial_that_is_neither_says_so() -> None:
     unet = noise_predictor()
     with torch.no_grad():  # each channel becomes the sum of three: a likeness of 1 / sqrt(3)
         unet.conv_out.weight += unet.conv_out.weight.roll(1, 0) + unet.conv_out.weight.roll(2, 0)
-    assert tried(unet) is None
+    assert probe_prediction(unet) is None
 
 
 def test_what_the_trial_finds_decides_between_the_kinds_of_stable_diffusion_2(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from russet.checkpoints import atomic_directory
-from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.checkpoints.layouts import ldm_keys
 from russet.checkpoints.single_file.load import single_file
 from russet.checkpoints.single_file.save import save_single_file

@@ -27,7 +27,7 @@ class CpuConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.prepacked is not None and self.prepacked.takes(input, self.weight) and self._pads_numbers_of_zeros:
             return self.prepacked.convolution(input, self)
-        if torch.is_grad_enabled() or not self._is_plain or not onednn.takes(input, self.weight):
+        if torch.is_grad_enabled() or not self.is_plain or not onednn.takes(input, self.weight):
             return super().forward(input)
         bias = None if self.bias is None else self.bias[None]
         if self.kernel_size == (1, 1) and self.by_onednn and self.padding == (0, 0):
@@ -44,7 +44,8 @@ class CpuConv2d(nn.Conv2d):
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
+        """Whether it slides by one over a map framed with zeros, all channels together."""
         return self.stride == self.dilation == (1, 1) and self.groups == 1 and self.padding_mode == "zeros"
 
     def filters(self, x: Tensor, height: int, width: int) -> bool:
@@ -74,7 +75,7 @@ class WinogradUpsample(OptimizedUpsample):
         doubles, conv = size == (2 * x.shape[2], 2 * x.shape[3]), self.conv
         if torch.is_grad_enabled() or not doubles or not isinstance(conv, CpuConv2d):
             return super().forward(x, size)
-        if conv._is_plain and onednn.takes(x, conv.weight) and conv.filters(x, *size):
+        if conv.is_plain and onednn.takes(x, conv.weight) and conv.filters(x, *size):
             return winograd.convolved(x, conv.weight, None if conv.bias is None else conv.bias[None], doubled=True)
         return super().forward(x, size)
 

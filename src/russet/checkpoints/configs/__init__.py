@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from russet.checkpoints.folder import read_index
-from russet.checkpoints.layouts import old_configs
+from russet.checkpoints.layouts import old_checkpoints
 from russet.errors import ConfigError
 from russet.file_io import read_json
 
@@ -45,7 +45,7 @@ class Recipe:
     @property
     def repair(self) -> bool:
         """Whether the configs may have the faults of old checkpoints."""
-        return self.folder is not None and old_configs.repairs_apply(self.class_name)
+        return self.folder is not None and old_checkpoints.repairs_apply(self.class_name)
 
     def changed(self, component: str, **changes: Any) -> Recipe:
         """The same with other values in one component's config."""

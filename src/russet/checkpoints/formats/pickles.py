@@ -40,7 +40,7 @@ def unpickle(
         persistent: makes an object from a persistent id.
 
     Raises:
-        UnsafeFile: the pickle names a global that is not allowed, or calls what is none of ours.
+        UnsafeFile: the pickle names a global that is not allowed, or calls what is not in the table.
         CorruptFile: it is no pickle, or uses what torch never writes.
     """
     machine = _Machine(data, start, allowed, persistent, where)

@@ -13,8 +13,14 @@ from typing import Any
 
 from russet.checkpoints.formats import pickles
 from russet.checkpoints.formats.pickles import Inert, unpickle
-from russet.checkpoints.formats.tensor_source import ITEM_SIZES, RANK_LIMIT, TORCH_NAMES, StoredTensor, row_major
-from russet.checkpoints.formats.weight_file import StoredFile
+from russet.checkpoints.formats.tensor_source import (
+    ITEM_SIZES,
+    RANK_LIMIT,
+    TORCH_NAMES,
+    StoredFile,
+    StoredTensor,
+    row_major,
+)
 from russet.checkpoints.formats.zips import place, read_directory
 from russet.errors import CorruptFile
 
@@ -24,7 +30,7 @@ Lookup = Callable[[str], tuple[int, int]]  # a storage's key -> where its bytes 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
+class _ElementType:
     """The type of a storage's or a tensor's elements; None for a storage of plain bytes."""
 
     dtype: str | None
@@ -32,7 +38,7 @@ class _Kind:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    kind: _Kind
+    element_type: _ElementType
     key: str
 
 
@@ -80,14 +86,14 @@ def read_legacy(file: StoredFile) -> dict[str, StoredTensor]:
         UnsafeFile: its pickles want more than tensors.
     """
     data = file.read_bytes(0, pickles.SIZE_LIMIT)
-    kinds: dict[str, _Kind] = {}
+    element_types: dict[str, _ElementType] = {}
 
     def persistent(pid: Any) -> _Storage:
         *pid, view = pid
         storage = _storage(pid)
         if view is not None:
             raise ValueError("a view of a storage, as torch before 0.4 wrote them")
-        kinds[storage.key] = storage.kind
+        element_types[storage.key] = storage.element_type
         return storage
 
     at = 0
@@ -103,10 +109,10 @@ def read_legacy(file: StoredFile) -> dict[str, StoredTensor]:
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
         count = int.from_bytes(file.read_bytes(at, 8), "little")
-        kind = kinds.get(key) if isinstance(key, str) else None
-        if kind is None or at + 8 + count * _item_size(kind) > file.size:
+        element_type = element_types.get(key) if isinstance(key, str) else None
+        if element_type is None or at + 8 + count * _item_size(element_type) > file.size:
             raise CorruptFile(f"{file.path} is cut short or damaged; download it again")
-        places[key] = (at + 8, count * _item_size(kind))
+        places[key] = (at + 8, count * _item_size(element_type))
         at += 8 + places[key][1]
 
     def lookup(key: str) -> tuple[int, int]:
@@ -150,28 +156,28 @@ def _locate(name: str, tensor: _Tensor, file: StoredFile, lookup: Lookup) -> Sto
     return found
 
 
-def _item_size(kind: _Kind) -> int:
-    return 1 if kind.dtype is None else ITEM_SIZES[kind.dtype]
+def _item_size(element_type: _ElementType) -> int:
+    return 1 if element_type.dtype is None else ITEM_SIZES[element_type.dtype]
 
 
 def _storage(pid: Any) -> _Storage:
     """From a persistent id: ("storage", type, key, device, number of elements)."""
-    mark, kind, key, _, _ = pid
-    if mark != "storage" or not isinstance(kind, _Kind) or not isinstance(key, str):
+    mark, element_type, key, _, _ = pid
+    if mark != "storage" or not isinstance(element_type, _ElementType) or not isinstance(key, str):
         raise ValueError("a persistent id that is no storage")
-    return _Storage(kind, key)
+    return _Storage(element_type, key)
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
     """What ``_rebuild_tensor`` and its successors are called with; the third of ``rest`` may be a type."""
-    kind = rest[2] if len(rest) > 2 and isinstance(rest[2], _Kind) else storage.kind
-    if not isinstance(storage, _Storage) or kind.dtype is None:
+    element_type = rest[2] if len(rest) > 2 and isinstance(rest[2], _ElementType) else storage.element_type
+    if not isinstance(storage, _Storage) or element_type.dtype is None:
         raise ValueError("a tensor without a typed storage")
     if len(shape) != len(strides) or len(shape) > RANK_LIMIT:
         raise ValueError("a tensor of impossible rank")
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *shape, *strides)):
         raise ValueError("a tensor of impossible size")
-    return _Tensor(storage, kind.dtype, offset, tuple(shape), tuple(strides))
+    return _Tensor(storage, element_type.dtype, offset, tuple(shape), tuple(strides))
 
 
 def _from_type(function: Any, _kind: Any, arguments: Any, _state: Any) -> Any:
@@ -207,10 +213,10 @@ def _globals() -> Mapping[str, Any]:
     )  # fmt: skip
     return {
         **dict.fromkeys(inert, Inert),
-        **{f"torch.{name}Storage": _Kind(dtype) for name, dtype in storages.items()},
-        **{f"torch.{name}": _Kind(dtype) for dtype, name in TORCH_NAMES.items()},
-        "torch.storage.UntypedStorage": _Kind(None),
-        "torch.storage._UntypedStorage": _Kind(None),
+        **{f"torch.{name}Storage": _ElementType(dtype) for name, dtype in storages.items()},
+        **{f"torch.{name}": _ElementType(dtype) for dtype, name in TORCH_NAMES.items()},
+        "torch.storage.UntypedStorage": _ElementType(None),
+        "torch.storage._UntypedStorage": _ElementType(None),
         "torch._utils._rebuild_tensor": _tensor,
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_tensor_v3": _tensor,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from russet.checkpoints.classes import Entry
+from russet.checkpoints.folder import ClassEntry
 from russet.checkpoints.formats.tensor_source import TORCH_NAMES
 from russet.errors import ArgumentTypeError, InputError
 from russet.file_io import write_json
@@ -53,7 +53,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata:
 def write_weights(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
-    entry: Entry,
+    entry: ClassEntry,
     *,
     variant: str | None,
     max_shard_size: int | str,

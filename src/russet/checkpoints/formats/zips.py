@@ -1,7 +1,7 @@
 """Where the members of an uncompressed zip archive lie in the file.
 
 Weights are read in place, so this needs offsets, which ``zipfile`` does not give, and a table of contents whose size is
-doubted before it is read. Format: APPNOTE.TXT 6.3 (PKWARE), sections 4.3.7, 4.3.12, 4.3.14, 4.3.16 and 4.5.3.
+checked before it is read. Format: APPNOTE.TXT 6.3 (PKWARE), sections 4.3.7, 4.3.12, 4.3.14, 4.3.16 and 4.5.3.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from russet.checkpoints.formats.weight_file import StoredFile
+from russet.checkpoints.formats.tensor_source import StoredFile
 from russet.errors import CorruptFile
 
 DIRECTORY_LIMIT = 16 << 20  # bytes of the table of contents; that of a full SDXL .ckpt has 0.3 MB

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from russet.checkpoints import folder
+from russet.checkpoints.arguments import Options, is_hub_id
 from russet.checkpoints.hub import download
-from russet.checkpoints.locate import is_hub_id
-from russet.checkpoints.options import Options
 from russet.errors import CheckpointError, InputError, MissingFile
 
 

@@ -12,11 +12,11 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 
-from russet.checkpoints import folder, weight_names
-from russet.checkpoints.classes import Entry
+from russet.checkpoints import folder
+from russet.checkpoints.arguments import Options
+from russet.checkpoints.folder import ClassEntry
+from russet.checkpoints.formats.weight_files import WeightFiles, check_variant, choose_weight_files
 from russet.checkpoints.hub import errors
-from russet.checkpoints.options import Options
-from russet.checkpoints.weight_names import Choice
 from russet.errors import HubError, MissingFile
 from russet.file_io import read_json
 
@@ -48,14 +48,14 @@ def fetch_pipeline(repo: str, options: Options, skipped: Collection[str] = ()) -
     """
     view = _View.of(repo, options)
     index = _index(view)
-    choices: dict[str, Choice] = {}
+    chosen: dict[str, WeightFiles] = {}
     names: list[str] = []
     for part, entry in index.entries(skipped).items():
-        needed, choice = _needed(view, part, entry, options)
+        needed, files = _needed(view, part, entry, options)
         names += needed
-        if choice is not None:
-            choices[part] = choice
-    folder.check_variant(choices, options.variant, repo)
+        if files is not None:
+            chosen[part] = files
+    check_variant(chosen, options.variant, repo)
     return view.fetch_all(names)
 
 
@@ -69,7 +69,7 @@ def fetch_configs(repo: str, options: Options) -> Path:
     return view.fetch_all([folder.INDEX, *sorted(wanted & set(view.names))])
 
 
-def _index(view: _View) -> folder.Index:
+def _index(view: _View) -> folder.PipelineIndex:
     if folder.INDEX not in view.names:
         raise MissingFile(
             f"{view.repo} on the Hub has no {folder.INDEX}: it is not a pipeline in Diffusers form. A single file in "
@@ -78,7 +78,7 @@ def _index(view: _View) -> folder.Index:
     return folder.parse_index(read_json(view.fetch(folder.INDEX)), f"{view.repo}, {folder.INDEX}")
 
 
-def fetch_component(repo: str, entry: Entry, options: Options, subfolder: str = "") -> Path:
+def fetch_component(repo: str, entry: ClassEntry, options: Options, subfolder: str = "") -> Path:
     """The local copy of a repository with the files of one component; raises as ``fetch_pipeline`` does."""
     view = _View.of(repo, options)
     if folder.INDEX in view.names and str(PurePosixPath(subfolder, entry.config_file)) not in view.names:
@@ -99,36 +99,34 @@ def fetch_file(repo: str, name: str, options: Options) -> Path:
     return view.fetch(name)
 
 
-def _needed(view: _View, part: str, entry: Entry, options: Options) -> tuple[list[str], Choice | None]:
-    """The files that a component takes, and the choice among its weights, if it has any."""
+def _needed(view: _View, part: str, entry: ClassEntry, options: Options) -> tuple[list[str], WeightFiles | None]:
+    """The files that a component takes, and those of its weights, if it has any."""
     inner = [PurePosixPath(name) for name in view.names]
     there = {path.name for path in inner if path.parent == PurePosixPath(part)}
     if entry.kind == "tokenizer":
         names: Sequence[str] = [name for name in TOKENIZER_FILES if name in there]
     else:
         names = [entry.config_file]
-    choice = None
+    where = f"{PurePosixPath(view.repo, part)}{view.whence}"
+    weights = None
     if entry.kind == "model":
-        choice = weight_names.choose(there, entry.stems, options.variant, options.use_safetensors)
-        if choice is None:
-            why = folder.no_weights(there, entry, options.use_safetensors)
-            raise MissingFile(f"{PurePosixPath(view.repo, part)}{view.whence} {why}")
-        names = [*names, *choice.files]
+        weights = choose_weight_files(there, entry.stems, options.variant, options.use_safetensors, where)
+        names = [*names, *weights.files]
     if not set(names) <= there or not names:
         lacking = ", ".join(sorted(set(names) - there)) or "a tokenizer's files"
-        raise MissingFile(f"{PurePosixPath(view.repo, part)}{view.whence} lacks {lacking}")
-    return [str(PurePosixPath(part, name)) for name in names], choice
+        raise MissingFile(f"{where} lacks {lacking}")
+    return [str(PurePosixPath(part, name)) for name in names], weights
 
 
 class _View:
-    """What a repository holds at one commit: as the Hub tells, or where it cannot be asked, as the cache has it."""
+    """What a repository holds at one commit: from the Hub, or where it cannot be reached, from the cache."""
 
     def __init__(self, repo: str, options: Options, commit: str, names: Collection[str], cached: Path | None) -> None:
         self.repo, self.options, self.commit, self.names, self.cached = repo, options, commit, names, cached
 
     @classmethod
     def of(cls, repo: str, options: Options) -> _View:
-        """Asks the Hub; uses the cache where it does not answer, may not be asked, or has the model no more."""
+        """Asks the Hub; uses the cache where it does not answer, may not be asked, or no longer has the model."""
         if options.local_files_only:
             return cls.in_cache(repo, options, HubError("the Hub may not be asked, because of local_files_only=True"))
         import huggingface_hub

@@ -1,4 +1,4 @@
-"""What a weight file is, told by the names and shapes of its tensors alone.
+"""What a weight file is, by the names and shapes of its tensors alone.
 
 A single file carries no class names: whether it is Stable Diffusion 1, 2 or XL, for inpainting, a LoRA or a VAE shows
 in which tensors it has and how wide they are. ``recognise`` names everything that people commonly have on disk, also
@@ -41,10 +41,10 @@ INPUT_CHANNELS = {9: "inpaint", 8: "pix2pix", 5: "depth", 7: "upscale"}
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What a file is.
 
-    ``form``: a key of FORMS. ``family``: a key of FAMILIES, "" where it cannot be told. ``task``: a key of TASKS, or ""
+    ``form``: a key of FORMS. ``family``: a key of FAMILIES, "" where it is not known. ``task``: a key of TASKS, or ""
     for text to image. ``layout``: whose tensor names the file uses. ``detail``: what else there is to say in words.
     """
 
@@ -60,9 +60,9 @@ class Kind:
         return ", ".join(word for word in words if word) + layout
 
 
-def recognise(shapes: Shapes) -> Kind:
+def recognise(shapes: Shapes) -> FileKind:
     """The kind of file that has tensors of these names and shapes."""
-    for rule in (lora, controlnet, checkpoint, lone_part, embedding):
+    for rule in (lora, controlnet, checkpoint, single_network, embedding):
         if kind := rule(shapes):
             return kind
     return foreign(shapes)
@@ -80,47 +80,47 @@ TEXT_FAMILIES = {
 }
 
 
-def checkpoint(shapes: Shapes) -> Kind | None:
+def checkpoint(shapes: Shapes) -> FileKind | None:
     """A whole model in the layout of LDM or SGM, or its UNet alone, with or without prefix."""
     for prefix in UNET_PREFIXES:
         if (first := shapes.get(prefix + "input_blocks.0.0.weight")) is not None:
             break
     else:
         return None
-    told = [family for mark, family in TEXT_FAMILIES.items() if any(key.startswith(mark) for key in shapes)]
-    whole = bool(told) or any(key.startswith("first_stage_model.") for key in shapes)
-    family = told[-1] if told else context_family(shapes)
+    found = [family for mark, family in TEXT_FAMILIES.items() if any(key.startswith(mark) for key in shapes)]
+    whole = bool(found) or any(key.startswith("first_stage_model.") for key in shapes)
+    family = found[-1] if found else context_family(shapes)
     task = INPUT_CHANNELS.get(first[1] if len(first) > 1 else 0, "")
     if family == "sd2" and not task and prefix + "label_emb.0.0.weight" in shapes:
         task = "unclip"
     # The sigmas of an EDM model (Playground v2.5, CosXL) do not belong to the noise schedule of the kinds known here.
     edm = any(key.startswith("edm_") for key in shapes)
-    return Kind("checkpoint" if whole else "unet", family, task, "LDM", "EDM checkpoint" if edm else "")
+    return FileKind("checkpoint" if whole else "unet", family, task, "LDM", "EDM checkpoint" if edm else "")
 
 
 def context_family(shapes: Shapes) -> str:
-    """The family told by how wide the text features are that cross-attention reads."""
+    """The family, by the width of the text features that cross-attention reads."""
     widths = (shape[-1] for key, shape in shapes.items() if key.endswith(ATTENTION) and shape)
     return CONTEXT_WIDTHS.get(next(widths, 0), "")
 
 
-# ----------------------------------------------------------------------------------------------------------- lone parts
+# ----------------------------------------------------------------------------------------------------- single networks
 
 
-def lone_part(shapes: Shapes) -> Kind | None:
+def single_network(shapes: Shapes) -> FileKind | None:
     """One component alone, as in a Diffusers folder or cut out of a single file."""
     if "time_embedding.linear_1.weight" in shapes and "conv_in.weight" in shapes:
         first = shapes["conv_in.weight"]
         task = INPUT_CHANNELS.get(first[1] if len(first) > 1 else 0, "")
-        return Kind("unet", context_family(shapes), task, "Diffusers")
+        return FileKind("unet", context_family(shapes), task, "Diffusers")
     if any(re.match(r"(first_stage_model\.|vae\.)?decoder\.mid\.block_1\.", key) for key in shapes):
-        return Kind("vae", layout="LDM")
+        return FileKind("vae", layout="LDM")
     if any(key.startswith("decoder.mid_block.resnets.0.") for key in shapes):
-        return Kind("vae", layout="Diffusers")
+        return FileKind("vae", layout="Diffusers")
     if any(re.match(r"(text_model\.)?encoder\.layers\.0\.self_attn\.", key) for key in shapes):
-        return Kind("text_encoder", layout="Diffusers")
+        return FileKind("text_encoder", layout="Diffusers")
     if "transformer.resblocks.0.attn.in_proj_weight" in shapes:
-        return Kind("text_encoder", layout="OpenCLIP")
+        return FileKind("text_encoder", layout="OpenCLIP")
     return None
 
 
@@ -133,36 +133,36 @@ CONTROLNETS = {
 }
 
 
-def lora(shapes: Shapes) -> Kind | None:
+def lora(shapes: Shapes) -> FileKind | None:
     """Low-rank changes to another model, by whichever method."""
     found, _ = lora_names.changes(shapes)
     if not (method := lora_names.method(found)):
         return None
-    return Kind("lora", lora_names.family(found), "", lora_names.layout(shapes), method)
+    return FileKind("lora", lora_names.family(found), "", lora_names.layout(shapes), method)
 
 
-def controlnet(shapes: Shapes) -> Kind | None:
+def controlnet(shapes: Shapes) -> FileKind | None:
     """A ControlNet, in either layout."""
     for mark, layout in CONTROLNETS.items():
         if any(key.startswith(mark) for key in shapes):
-            return Kind("controlnet", context_family(shapes), "", layout)
+            return FileKind("controlnet", context_family(shapes), "", layout)
     return None
 
 
 # --------------------------------------------------------------------------------------------------- textual inversion
 
 
-def embedding(shapes: Shapes) -> Kind | None:
+def embedding(shapes: Shapes) -> FileKind | None:
     """New words for the text encoder: one short matrix [tokens, width] for each encoder."""
     if set(shapes) == {"clip_l", "clip_g"}:
-        return Kind("embedding", "sdxl", layout="kohya")
+        return FileKind("embedding", "sdxl", layout="kohya")
     words = {key: shape for key, shape in shapes.items() if 0 < len(shape) <= 2 and shape[-1] in CONTEXT_WIDTHS}
     if not words or len(words) != len(shapes) or len(shapes) > 8:
         return None
     width = next(iter(words.values()))[-1]
     family = {768: "sd1", 1024: "sd2", 1280: "sdxl"}.get(width, "")
     layout = "A1111" if any(key == "emb_params" or key.startswith("string_to_param") for key in words) else "Diffusers"
-    return Kind("embedding", family, layout=layout)
+    return FileKind("embedding", family, layout=layout)
 
 
 # ---------------------------------------------------------------------------------------------------- everything else
@@ -180,9 +180,9 @@ FOREIGN = {
 }
 
 
-def foreign(shapes: Shapes) -> Kind:
+def foreign(shapes: Shapes) -> FileKind:
     """Anything else, by name where it is well known."""
     for title, mark in FOREIGN.items():
         if any(re.match(mark, key) for key in shapes):
-            return Kind("other", detail=title)
-    return Kind("other", detail="unknown kind of file")
+            return FileKind("other", detail=title)
+    return FileKind("other", detail="unknown kind of file")

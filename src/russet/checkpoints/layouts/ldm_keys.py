@@ -54,7 +54,7 @@ class Place:
         return dataclasses.replace(stored, offset=offset, shape=sizes, strides=None if packed else strides)
 
     def put(self, value: torch.Tensor) -> torch.Tensor:
-        """The file's tensor, or its third, given ours."""
+        """The file's tensor, or its third, from the model's."""
         if self.conv:
             value = value[:, :, None, None]
         return value.t() if self.transposed else value
@@ -193,7 +193,7 @@ def renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LdmNetwork:
     """One network in a single file: the component it becomes, the prefixes it is seen under, how names translate.
 
     The first prefix is the one that is written.
@@ -203,7 +203,7 @@ class Part:
     prefixes: tuple[str, ...]
     translate: Translate
 
-    def spare_blocks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+    def skipped_blocks(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """What the file's names of layers begin with that the model does not have on purpose: SD2 takes the text
         features before OpenCLIP's last layer, which its files keep and its configs leave out.
         """
@@ -216,26 +216,26 @@ CLASSES = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
-UNET = Part("unet", ("model.diffusion_model.", "diffusion_model."), unet)
-VAE = Part("vae", ("first_stage_model.", "vae."), vae)
-LAYOUTS: Mapping[str, tuple[Part, ...]] = {
+UNET = LdmNetwork("unet", ("model.diffusion_model.", "diffusion_model."), unet)
+VAE = LdmNetwork("vae", ("first_stage_model.", "vae."), vae)
+LAYOUTS: Mapping[str, tuple[LdmNetwork, ...]] = {
     "sd1": (
         UNET,
         VAE,
-        Part("text_encoder", ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."), clip),
+        LdmNetwork("text_encoder", ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."), clip),
     ),
-    "sd2": (UNET, VAE, Part("text_encoder", ("cond_stage_model.model.",), openclip)),
+    "sd2": (UNET, VAE, LdmNetwork("text_encoder", ("cond_stage_model.model.",), openclip)),
     "sdxl": (
         UNET,
         VAE,
-        Part(
+        LdmNetwork(
             "text_encoder",
             ("conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.0.transformer."),
             clip,
         ),
-        Part("text_encoder_2", ("conditioner.embedders.1.model.",), openclip),
+        LdmNetwork("text_encoder_2", ("conditioner.embedders.1.model.",), openclip),
     ),
-    "sdxl-refiner": (UNET, VAE, Part("text_encoder_2", ("conditioner.embedders.0.model.",), openclip)),
+    "sdxl-refiner": (UNET, VAE, LdmNetwork("text_encoder_2", ("conditioner.embedders.0.model.",), openclip)),
 }
 """The networks of a file by family: the kinds ``sd1-inpaint``, ``sd2-v`` … have the layout of their family."""
 
@@ -266,7 +266,7 @@ def ignored(key: str) -> bool:
     return IGNORED.fullmatch(key) is not None
 
 
-def strangers(keys: Iterable[str]) -> list[str]:
-    """The keys that belong to no network and are not known to be spare."""
+def unknown_keys(keys: Iterable[str]) -> list[str]:
+    """The keys that belong to no network and are not known to be unneeded."""
     prefixes = tuple({prefix for parts in LAYOUTS.values() for part in parts for prefix in part.prefixes})
     return [key for key in keys if not key.startswith(prefixes) and not ignored(key)]

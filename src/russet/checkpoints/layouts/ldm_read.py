@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
-from russet.checkpoints import load_state_dict
-from russet.checkpoints.classes import find
 from russet.checkpoints.configs import Recipe
-from russet.checkpoints.formats.opening import Weights
-from russet.checkpoints.formats.tensor_source import Source, StoredTensor
-from russet.checkpoints.layouts import ldm_keys, old_configs, old_keys
-from russet.checkpoints.layouts.ldm_keys import Part
-from russet.checkpoints.pending_weights import EXTRA_TENSORS, PendingWeights
+from russet.checkpoints.folder import find_class
+from russet.checkpoints.formats.tensor_source import StoredTensor, TensorSource
+from russet.checkpoints.formats.weight_files import Weights
+from russet.checkpoints.layouts import ldm_keys, old_checkpoints
+from russet.checkpoints.layouts.ldm_keys import LdmNetwork
+from russet.checkpoints.load import EXTRA_TENSORS, PendingWeights
+from russet.checkpoints.load_state_dict import build, check
 from russet.config import Config
 from russet.errors import CheckpointError, ConfigError, KeyMismatch
 
@@ -21,7 +21,7 @@ OTHER_CONFIGS = "Configs other than the bundled ones are given as config="
 
 
 def pending_weights(
-    part: Part, weights: Weights, recipe: Recipe, *, averaged: bool = False, dtype: torch.dtype | None = None
+    part: LdmNetwork, weights: Weights, recipe: Recipe, *, averaged: bool = False, dtype: torch.dtype | None = None
 ) -> PendingWeights:
     """One network of the file, built and compared with its tensors, none of which is read yet.
 
@@ -38,15 +38,15 @@ def pending_weights(
     where = f"{weights.where} ({part.component})"
     if (config := recipe.parts.get(part.component)) is None:
         raise ConfigError(f"{where}: there is no config for it; pass it in config=, or pass {part.component}=")
-    target = find(ldm_keys.CLASSES[part.component], where).load()
+    target = find_class(ldm_keys.CLASSES[part.component], where).load()
     parsed = target.config_class.from_dict(config, where)
     if recipe.repair:
-        parsed = old_configs.repaired(parsed, where)
+        parsed = old_checkpoints.repaired(parsed, where)
     try:
-        model = load_state_dict.build(target, parsed, 2 * len(weights.tensors) + EXTRA_TENSORS, dtype)  # twice: q, k, v
+        model = build(target, parsed, 2 * len(weights.tensors) + EXTRA_TENSORS, dtype)  # twice: q, k, v
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         sources = find_tensors(part, weights, shapes, parsed, averaged=averaged)
-        load_state_dict.check(model, sources, where)
+        check(model, sources, where)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}. {OTHER_CONFIGS}") from None
     except KeyMismatch as error:
@@ -55,19 +55,19 @@ def pending_weights(
 
 
 def find_tensors(
-    part: Part, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config, *, averaged: bool
-) -> Mapping[str, Source]:
+    part: LdmNetwork, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config, *, averaged: bool
+) -> Mapping[str, TensorSource]:
     """The tensors for a network of ``shapes``, by our names."""
     if averaged and part.component == "unet":
         return averaged_tensors(part, weights, shapes, config)
-    return tensors(part, weights, shapes, config) if part.prefixes else old_keys.renewed(weights.tensors, shapes)
+    return tensors(part, weights, shapes, config) if part.prefixes else old_checkpoints.renamed(weights.tensors, shapes)
 
 
 def tensors(
-    part: Part, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config
+    part: LdmNetwork, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config
 ) -> dict[str, StoredTensor]:
     """Our tensors of one network as parts of the file's; the file's other tensors of this network, if they are not
-    known to be spare, under the names that they have there, to be reported.
+    known to be unneeded, under the names that they have there, to be reported.
     """
     prefix = next((p for p in part.prefixes if any(name.startswith(p) for name in weights.tensors)), None)
     if prefix is None:
@@ -79,17 +79,17 @@ def tensors(
         for name, place in places.items()
         if keys[name] in weights.tensors
     }
-    known, spare = set(keys.values()), tuple(prefix + block for block in part.spare_blocks(config))
+    known, skipped = set(keys.values()), tuple(prefix + block for block in part.skipped_blocks(config))
     others = {
         key: tensor
         for key, tensor in weights.tensors.items()
-        if key.startswith(prefix) and not (key in known or ldm_keys.ignored(key) or key.startswith(spare))
+        if key.startswith(prefix) and not (key in known or ldm_keys.ignored(key) or key.startswith(skipped))
     }
     return in_file_order(found | others)
 
 
 def averaged_tensors(
-    part: Part, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config
+    part: LdmNetwork, weights: Weights, shapes: Mapping[str, tuple[int, ...]], config: Config
 ) -> dict[str, StoredTensor]:
     """The same for the UNet's averaged copy, whose names have lost their dots."""
     places = ldm_keys.places(shapes, part.translate, config)

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 
 from russet.checkpoints import configs
-from russet.checkpoints.classes import entry_of
+from russet.checkpoints.arguments import Options, precision_of, read_dtype
 from russet.checkpoints.configs import Recipe
+from russet.checkpoints.folder import entry_of
 from russet.checkpoints.layouts import ldm_keys
-from russet.checkpoints.layouts.ldm_keys import Part
+from russet.checkpoints.layouts.ldm_keys import LdmNetwork
 from russet.checkpoints.layouts.ldm_read import pending_weights
-from russet.checkpoints.options import Options, precision_of, read_dtype
 from russet.checkpoints.single_file.locate import locate_file
-from russet.checkpoints.single_file.recipes import Request, SingleFile, named_recipe
+from russet.checkpoints.single_file.recipes import SingleFile, SingleFileRequest, named_recipe
 from russet.errors import CheckpointError, InputError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def component_name(cls: type[Any]) -> str:
     return name
 
 
-def part_of(name: str, file: SingleFile) -> Part:
+def part_of(name: str, file: SingleFile) -> LdmNetwork:
     """Where the network lies in the file.
 
     Raises:
@@ -97,7 +97,7 @@ def component_recipe(
         return Recipe("", {name: config})
     if config is not None:
         return named_recipe(config, options)
-    model = file.model(file.told(Request()))
+    model = file.model(file.prediction(SingleFileRequest()))
     if name == "vae" and not file.kind.family:
         model = "sdxl" if "xl" in file.path.stem.lower() else "sd1"
         log.info("%s: taken for the VAE of %s by its name; config= says otherwise", file.path, model)

@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from russet.checkpoints.locate import WEIGHT_SUFFIXES, is_hub_id
-from russet.checkpoints.options import Options
+from russet.checkpoints.arguments import WEIGHT_SUFFIXES, Options, is_hub_id
 from russet.errors import ArgumentTypeError, InputError, MissingFile
 
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")

@@ -2,7 +2,8 @@
 
 Stable Diffusion 2 was published both ways with the same tensors, and fine-tunes of any family may use either. A wrong
 choice gives noise instead of pictures, so the evidence is weighed in one order and named: the caller, a YAML file
-beside the weights, marker tensors, the metadata in the file's header, and the names of the published files.
+beside the weights, marker tensors, the metadata in the file's header, and the names of the published files. Where there
+is none, the UNet is probed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from russet.checkpoints.layouts.detection import Kind
+import torch
+
+from russet.checkpoints.layouts.detection import FileKind
 from russet.errors import CorruptFile, InputError, MissingFile
 
 Meaning = Literal["epsilon", "v_prediction"]
@@ -31,6 +34,9 @@ PUBLISHED: Mapping[str, Meaning] = {  # how Stability AI named its files
 ARCHITECTURES: Mapping[str, Meaning] = {"-v2-768-v": "v_prediction", "-v2-512": "epsilon"}  # of modelspec metadata
 SIDECAR_LIMIT = 16 << 10  # bytes; the published YAML configs have 2 to 4 kB
 
+LAST_TIMESTEP = 999
+PROBE_SIZE = 8  # latents per side: enough values to distinguish a similarity of 0 from 1, few enough to take seconds
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -41,10 +47,10 @@ class Prediction:
     why: str
 
 
-def decide(
-    kind: Kind,
+def decide_prediction(
+    kind: FileKind,
     *,
-    asked: str | None = None,
+    requested: str | None = None,
     sidecar: Mapping[str, Any] | None = None,
     names: Collection[str] = (),
     metadata: Mapping[str, str] | None = None,
@@ -53,21 +59,21 @@ def decide(
     """Weighs the evidence.
 
     Args:
-        asked: what the caller says.
+        requested: what the caller says.
         sidecar: the YAML file beside the weights, or the one that the caller gives.
         names: the file's tensors.
         metadata: of the file's header.
         stem: the file's name.
 
     Raises:
-        InputError: ``asked`` is none of the known meanings.
+        InputError: ``requested`` is none of the known meanings.
     """
     metadata = metadata or {}
     zero_snr = "ztsnr" in names
-    if asked is not None:
-        if asked not in ("epsilon", "v_prediction"):
-            raise InputError(f"prediction_type must be 'epsilon' or 'v_prediction', not {asked!r}")
-        return Prediction(SPELLINGS[asked], zero_snr, "the caller says so")
+    if requested is not None:
+        if requested not in ("epsilon", "v_prediction"):
+            raise InputError(f"prediction_type must be 'epsilon' or 'v_prediction', not {requested!r}")
+        return Prediction(SPELLINGS[requested], zero_snr, "the caller says so")
     if meaning := sidecar_meaning(sidecar or {}):
         return Prediction(meaning, zero_snr, "the YAML config beside it says so")
     if "v_pred" in names:
@@ -127,3 +133,23 @@ def read_sidecar(path: Path) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
         raise CorruptFile(f"{path} must hold a mapping, not {type(data).__name__}")
     return data
+
+
+@torch.no_grad()
+def probe_prediction(unet: Any) -> Meaning | None:
+    """What a UNet predicts, from its output for almost pure noise: x = alpha x0 + sigma eps with alpha = 0.07, at the
+    last timestep. A network that predicts noise returns nearly its input; one that predicts velocity,
+    v = alpha eps - sigma x0, returns nearly the opposite of a picture, which has little similarity with it.
+
+    None if the output is neither, or the machine cannot compute in the network's precision.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = (1, unet.config.in_channels, PROBE_SIZE, PROBE_SIZE)
+    noise = torch.randn(*size, generator=generator, device="cpu").to(unet.dtype)
+    context = torch.zeros(1, 1, unet.config.cross_attention_dim, dtype=unet.dtype, device="cpu")
+    try:
+        output = unet(noise, LAST_TIMESTEP, context).sample
+    except RuntimeError:  # older torch lacks half precision on the CPU
+        return None
+    similarity = float(torch.nn.functional.cosine_similarity(output.flatten().float(), noise.flatten().float(), dim=0))
+    return "epsilon" if similarity > 0.7 else "v_prediction" if abs(similarity) < 0.3 else None

@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from russet.checkpoints import configs
+from russet.checkpoints.arguments import Options, locate
 from russet.checkpoints.configs import Recipe
-from russet.checkpoints.formats.opening import Weights, open_weights
-from russet.checkpoints.layouts.detection import Kind, recognise
-from russet.checkpoints.locate import locate
-from russet.checkpoints.options import Options
-from russet.checkpoints.single_file import prediction
-from russet.checkpoints.single_file.prediction import Prediction
+from russet.checkpoints.formats.weight_files import Weights, open_weights
+from russet.checkpoints.layouts.detection import FileKind, recognise
+from russet.checkpoints.single_file.prediction import Prediction, decide_prediction, read_sidecar
 from russet.errors import ArgumentTypeError, CheckpointError, InputError
 
 TURBO_FILES = re.compile(r"sd_?(xl_?)?turbo")  # how Stability AI names its files
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class SingleFileRequest:
     """How a caller wants a single file understood, beyond where it is.
 
     Args:
@@ -55,47 +53,47 @@ class SingleFile:
 
     path: Path
     weights: Weights
-    kind: Kind
+    kind: FileKind
 
     @classmethod
     def at(cls, path: Path) -> SingleFile:
-        """Opens a file; raises as ``files.open_weights`` does."""
+        """Opens a file; raises as ``open_weights`` does."""
         weights = open_weights(path)
-        return cls(path, weights, recognise({name: tensor.shape for name, tensor in weights.tensors.items()}))
+        return cls(path, weights, recognise(weights.shapes))
 
-    def told(self, request: Request, scheduler: Any = None) -> Prediction:
-        """What the model predicts, as far as the caller, the caller's scheduler, the file and its neighbour tell.
+    def prediction(self, request: SingleFileRequest, scheduler: Any = None) -> Prediction:
+        """What the model predicts, as far as the caller, its scheduler, the file and a YAML file beside it say.
 
         Raises:
             InputError: the request has a wrong value.
             CheckpointError: the YAML file cannot be read.
         """
-        asked = request.prediction_type
-        if asked is None and scheduler is not None:
-            asked = getattr(scheduler, "config", {}).get("prediction_type")
-        return prediction.decide(
+        requested = request.prediction_type
+        if requested is None and scheduler is not None:
+            requested = getattr(scheduler, "config", {}).get("prediction_type")
+        return decide_prediction(
             self.kind,
-            asked=asked,
+            requested=requested,
             sidecar=sidecar(self.path, request),
             names=self.weights.tensors,
             metadata=self.weights.metadata,
             stem=self.path.stem,
         )
 
-    def model(self, told: Prediction) -> str:
+    def model(self, prediction: Prediction) -> str:
         """The name of the bundled model that the file is like; there may be none of that name."""
         architecture = self.weights.metadata.get("modelspec.architecture", "")
         turbo = TURBO_FILES.match(self.path.stem.lower()) or "turbo" in architecture
         family, task = self.kind.family, self.kind.task
         if family == "sd2" and not task:
-            return "sd-turbo" if turbo else "sd2-base" if told.meaning == "epsilon" else "sd2-v"
+            return "sd-turbo" if turbo else "sd2-base" if prediction.meaning == "epsilon" else "sd2-v"
         if family == "sdxl" and not task and turbo:
             return "sdxl-turbo"
         return "-".join(word for word in (family, task) if word)
 
 
-def choose_recipe(file: SingleFile, told: Prediction, request: Request, options: Options) -> Recipe:
-    """The configs for a file that predicts what was ``told``: the caller's where there are such, else the bundled ones.
+def choose_recipe(file: SingleFile, prediction: Prediction, request: SingleFileRequest, options: Options) -> Recipe:
+    """The configs for a file: the caller's where there are such, else the bundled ones of what it is and predicts.
 
     Raises:
         InputError: the request has a wrong value.
@@ -104,29 +102,31 @@ def choose_recipe(file: SingleFile, told: Prediction, request: Request, options:
     """
     if request.config is not None and not isinstance(request.config, Mapping):
         recipe = named_recipe(request.config, options)
-        return adapted(recipe, told) if request.prediction_type else recipe
+        return adapted(recipe, prediction) if request.prediction_type else recipe
     given = checked_configs(request.config or {})
-    if (name := file.model(told)) not in configs.models():
+    if (name := file.model(prediction)) not in configs.models():
         raise CheckpointError(f"{file.path} is a {file.kind}, of which Russet cannot make pictures")
     recipe = configs.bundled(name)
     for component, config in given.items():
         recipe = recipe.replaced(component, config)
-    return recipe if "scheduler" in given and not request.prediction_type else adapted(recipe, told)
+    return recipe if "scheduler" in given and not request.prediction_type else adapted(recipe, prediction)
 
 
-def is_open(told: Prediction, request: Request) -> bool:
-    """Whether it is still to be found out what a model predicts."""
+def needs_probe(prediction: Prediction, request: SingleFileRequest) -> bool:
+    """Whether only the UNet itself can show what a model predicts."""
     config = request.config
-    return told.meaning is None and (config is None or (isinstance(config, Mapping) and "scheduler" not in config))
+    return prediction.meaning is None and (
+        config is None or (isinstance(config, Mapping) and "scheduler" not in config)
+    )
 
 
-def adapted(recipe: Recipe, told: Prediction) -> Recipe:
+def adapted(recipe: Recipe, prediction: Prediction) -> Recipe:
     """The recipe with a scheduler for what the model predicts and for the noise that it was trained with."""
     scheduler = recipe.parts.get("scheduler") or {}
     changes: dict[str, Any] = {}
-    if told.meaning and scheduler.get("prediction_type", "epsilon") != told.meaning:
-        changes["prediction_type"] = told.meaning
-    if told.zero_snr:  # sampling must begin at the last timestep then (Lin et al. 2023, arXiv:2305.08891)
+    if prediction.meaning and scheduler.get("prediction_type", "epsilon") != prediction.meaning:
+        changes["prediction_type"] = prediction.meaning
+    if prediction.zero_snr:  # sampling must begin at the last timestep then (Lin et al. 2023, arXiv:2305.08891)
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         if scheduler.get("_class_name") == "PNDMScheduler":  # which would divide by the zero
             changes["_class_name"] = "DDIMScheduler"
@@ -155,13 +155,13 @@ def checked_configs(given: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any] 
     return given
 
 
-def sidecar(path: Path, request: Request) -> Mapping[str, Any] | None:
+def sidecar(path: Path, request: SingleFileRequest) -> Mapping[str, Any] | None:
     """The YAML config that the caller gives, else one that lies beside the file under its name."""
     if (given := request.original_config) is not None:
         if not isinstance(given, (str, os.PathLike)):
             raise ArgumentTypeError(f"original_config must be the path of a YAML file, not {given!r}")
         if "://" in os.fspath(given):
             raise InputError(f"original_config must be a file on this machine, not {given!r}; download it first")
-        return prediction.read_sidecar(Path(given).expanduser())
+        return read_sidecar(Path(given).expanduser())
     beside = (path.with_suffix(suffix) for suffix in (".yaml", ".yml"))
-    return next((prediction.read_sidecar(file) for file in beside if file.is_file()), None)
+    return next((read_sidecar(file) for file in beside if file.is_file()), None)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from russet.checkpoints.atomic_directory import staged
+from russet.checkpoints.atomic_directory import atomic_directory
 from russet.checkpoints.formats.writing import write_safetensors
-from russet.checkpoints.layouts.ldm_keys import LAYOUTS, Part, Place
+from russet.checkpoints.layouts.ldm_keys import LAYOUTS, LdmNetwork, Place
 from russet.errors import ArgumentTypeError, InputError
 
 ARCHITECTURES = {  # as the metadata standard for models names them (github.com/Stability-AI/ModelSpec)
@@ -47,8 +47,8 @@ def save_single_file(components: Mapping[str, Any], path: str | os.PathLike[str]
     for part in LAYOUTS[family]:
         tensors |= gathered(part, components[part.component])
     nbytes = sum(value.numel() * value.element_size() for value in tensors.values())
-    with staged(goal.parent, nbytes) as stage:
-        write_safetensors(stage / goal.name, tensors, metadata(family, config, goal.stem))
+    with atomic_directory(goal.parent, nbytes) as temporary:
+        write_safetensors(temporary / goal.name, tensors, metadata(family, config, goal.stem))
 
 
 def family_of(components: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def family_of(components: Mapping[str, Any]) -> str:
     return "sd1" if components["text_encoder"].config["hidden_act"] == "quick_gelu" else "sd2"
 
 
-def gathered(part: Part, model: nn.Module) -> dict[str, torch.Tensor]:
+def gathered(part: LdmNetwork, model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of one network as the file has them."""
     pieces: dict[str, list[tuple[Place, torch.Tensor]]] = {}
     for name, value in model.state_dict().items():

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from russet.checkpoints.formats import weight_file
-from russet.checkpoints.formats.opening import open_weights
+from russet.checkpoints.formats import tensor_source
 from russet.checkpoints.formats.tensor_source import StoredTensor
+from russet.checkpoints.formats.weight_files import open_weights
 from russet.errors import CheckpointError, CorruptFile, MissingFile
 
 STATE = {"a": torch.arange(1000.0), "b": torch.arange(1000.0).half(), "odd": torch.ones(3, dtype=torch.int8)}
@@ -139,7 +139,7 @@ def test_values_that_are_not_aligned_are_copied(tmp_path: Path) -> None:
 def test_where_files_cannot_be_held_they_are_copied_and_a_change_is_noticed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_file, "HELD", False)
+    monkeypatch.setattr(tensor_source, "KEEP_OPEN", False)
     tensors = tensors_in(path)
     values = {name: tensor.read() for name, tensor in tensors.items()}
     os.truncate(path, 0)
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_mapped_is_read(path: Path, monkeypatch: pytest.Mo
     def cannot(*_: object, **__: object) -> None:
         raise OSError(19, "No such device")
 
-    monkeypatch.setattr(weight_file.mmap, "mmap", cannot)
+    monkeypatch.setattr(tensor_source.mmap, "mmap", cannot)
     for brief in (False, True):
         assert all(torch.equal(tensor.read(brief=brief), STATE[name]) for name, tensor in tensors_in(path).items())
 

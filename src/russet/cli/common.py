@@ -1,7 +1,11 @@
-"""A pipeline as the options of a command name it, and those options."""
+"""What the commands share: the options that name a model and a device, loading it, and output on stderr."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -41,3 +45,37 @@ def open_pipeline(model: str, *, dtype: str | None, device: str | None, sampler:
     if sampler is not None:
         pipe.scheduler = names.make(sampler, pipe.scheduler.config)
     return pipe.to(device or best_device())
+
+
+class Screen(logging.Handler):
+    """Lines, warnings and a progress bar on stderr, as stdout is for results; nothing at all when quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(logging.WARNING)
+        self.quiet = quiet
+
+    def line(self, text: str) -> None:
+        """Prints a line above the progress bar, where there is one."""
+        if self.quiet:
+            return
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+        else:
+            click.echo(text, err=True)
+
+    def bar(self, what: str) -> dict[str, Any]:
+        """The options of a pipeline's progress bar, which is shown in terminals only and vanishes when it is full."""
+        return {"desc": what, "leave": False, "disable": self.quiet or not sys.stderr.isatty()}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.line(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Prints the library's warnings as lines."""
+        logger = logging.getLogger("russet")
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)

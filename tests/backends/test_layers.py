@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from russet.models.norms import ComposedGroupNorm, Float32LayerNorm, set_norms
 from torch import nn
 
+from russet import passes
+from russet.backends.layers import ComposedGroupNorm, Float32LayerNorm, PairedLinear
 from russet.models.unet import UNet2DConditionModel
+from russet.passes.base import Choices
 
 TINY = {
     "block_out_channels": [16, 32],
@@ -66,17 +68,31 @@ def test_a_float32_layer_norm_takes_and_gives_half_precision():
     torch.testing.assert_close(out.float(), expected, rtol=3e-3, atol=3e-3)
 
 
-def test_setting_norms_changes_neither_parameters_nor_results_and_can_be_undone():
+def test_a_paired_linear_layer_gives_the_same_for_one_vector_and_for_many():
+    layer = nn.Linear(6, 4)
+    for shape in ((1, 6), (3, 6), (1, 1, 6)):
+        x = torch.randn(shape)
+        expected = layer(x)
+        layer.__class__ = PairedLinear
+        torch.testing.assert_close(layer(x), expected)
+        layer.__class__ = nn.Linear
+
+
+def test_workarounds_change_neither_parameters_nor_results_and_can_be_undone():
     unet = UNet2DConditionModel(TINY)
+    unet.conv_norm_out.register_forward_hook(lambda *_: None)  # a layer that somebody watches is computed right too
     names = list(unet.state_dict())
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
     with torch.no_grad():
         expected = unet(x, 1.0, text).sample
-        set_norms(unet.modules(), composed_groups=True, float32_layers=True)
+        changes = passes.apply(
+            unet, "unet", Choices({**passes.OFF, "group_norm": "composed", "layer_norm": "float32"}, rows=2)
+        )
         kinds = {type(module) for module in unet.modules()}
         assert {ComposedGroupNorm, Float32LayerNorm} <= kinds
+        assert not {nn.GroupNorm, nn.LayerNorm} & kinds
         torch.testing.assert_close(unet(x, 1.0, text).sample, expected, rtol=1e-4, atol=1e-5)
         assert list(unet.state_dict()) == names
-        set_norms(unet.modules(), composed_groups=False, float32_layers=False)
+        changes.undo()
     assert {nn.GroupNorm, nn.LayerNorm} <= {type(module) for module in unet.modules()}
     assert not {ComposedGroupNorm, Float32LayerNorm} & {type(module) for module in unet.modules()}

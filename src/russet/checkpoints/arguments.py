@@ -1,16 +1,26 @@
-"""How a caller wants a checkpoint found and read: checked before anything is looked for."""
+"""The arguments of ``from_pretrained``, checked before anything is read: the source, the options, the precision."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
+from russet.errors import ArgumentTypeError, InputError, MissingFile, UnsupportedArgument
 
 if TYPE_CHECKING:
     import torch
+
+MINI = Path(__file__).parents[1] / "mini"
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+# The Hub's own rule: letters, digits, - _ . in both halves, no two of - or . in a row, none of them at an end.
+_WORD = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[-.](?![-.]))*(?<![-.])"
+_HUB_ID = re.compile(rf"{_WORD}/{_WORD}")
+_HUB_ID_LIMIT = 96
 
 # What models can be in, by the names that people use for it.
 DTYPES = {
@@ -24,8 +34,73 @@ DTYPES = {
     "float64": "float64",
 }
 
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    "variant": (str, type(None)),
+    "revision": (str, type(None)),
+    "cache_dir": (str, type(None), os.PathLike),
+    "local_files_only": (bool,),
+    "token": (str, type(None), bool),
+    "force_download": (bool,),
+    "use_safetensors": (bool, type(None)),
+}
+
 # One for all models, or by component; None is float32.
 Precision = Union["torch.dtype", Mapping[str, "torch.dtype"], None]
+
+
+def locate(source: str | os.PathLike[str]) -> Path | str:
+    """The folder that ``source`` names, or the id of the Hub repository.
+
+    A folder that exists wins over a repository of the same name. ``"mini"`` is the embedded model, unless a folder of
+    that name holds a model itself.
+
+    Raises:
+        ArgumentTypeError: neither text nor a path.
+        MissingFile: a path where there is no folder.
+        InputError: a single file, or what can be neither path nor repository.
+    """
+    if not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
+        raise ArgumentTypeError(f"a model is named by a text or a path, not by {type(source).__name__}")
+    name = os.fspath(source)
+    if not name.strip() or "\0" in name:
+        raise InputError(f'{name!r} names no model; give "mini", a folder, or a Hub id such as "owner/name"')
+    if name == "mini" and isinstance(source, str) and not Path(name, "model_index.json").is_file():
+        return MINI
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except OSError as error:  # a name that the system refuses, for its length
+        raise InputError(f"{name[:200]!r} cannot be a path: {error.strerror}") from None
+    if is_file:
+        raise InputError(f"{name} is a single file; load it with StableDiffusionPipeline.from_single_file")
+    if isinstance(source, str) and is_hub_id(name) and path.suffix not in WEIGHT_SUFFIXES:
+        return name
+    raise _nothing_there(name, path)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form of a Hub repository's id, "owner/name"."""
+    return len(name) <= _HUB_ID_LIMIT and _HUB_ID.fullmatch(name) is not None and not name.endswith(".git")
+
+
+def _nothing_there(name: str, path: Path) -> MissingFile | InputError:
+    if name.startswith(("http://", "https://")):
+        return InputError(
+            f'{name} is an address; give the repository\'s id ("owner/name"), or load a single file with '
+            "StableDiffusionPipeline.from_single_file"
+        )
+    if path.suffix in WEIGHT_SUFFIXES:
+        return MissingFile(f"there is no file {path.absolute()}; single files are loaded with from_single_file")
+    if os.sep in name or name.startswith((".", "~")) or "\\" in name:
+        return MissingFile(
+            f'there is no folder {path.absolute()}, and {name!r} is not a Hub id, which has the form "owner/name"'
+        )
+    return MissingFile(
+        f'{name!r} is not "mini", no folder of that name is in {Path.cwd()}, and it is not a Hub id, '
+        'which has the form "owner/name"'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +129,11 @@ class Options:
     use_safetensors: bool | None = None
 
     def __post_init__(self) -> None:
-        text_or_none = (str, type(None))
-        kinds: dict[str, tuple[type, ...]] = {
-            "variant": text_or_none,
-            "revision": text_or_none,
-            "cache_dir": (*text_or_none, os.PathLike),
-            "local_files_only": (bool,),
-            "token": (*text_or_none, bool),
-            "force_download": (bool,),
-            "use_safetensors": (bool, type(None)),
-        }
-        for name, allowed in kinds.items():
+        for name, allowed in _OPTION_TYPES.items():
             value = getattr(self, name)
             if not isinstance(value, allowed):
-                spelled = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
-                raise ArgumentTypeError(f"{name} must be {spelled}, not {type(value).__name__}")
+                types = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
+                raise ArgumentTypeError(f"{name} must be {types}, not {type(value).__name__}")
         if self.variant is not None and not (self.variant.isascii() and self.variant.replace("-", "_").isidentifier()):
             raise InputError(f'variant must be a word such as "fp16", not {self.variant!r}')
         if self.revision is not None and (not self.revision or {"", ".", ".."} & set(self.revision.split("/"))):
