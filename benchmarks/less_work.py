@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness import backgrounds
 from russet import DiffusionPipeline, UNet2DConditionModel
 from russet.checkpoints.load_state_dict import build
+from russet.generate.denoiser import UNetCall
 from russet.planning.reference_models import SD15_UNET
 from russet.schedulers import names
 

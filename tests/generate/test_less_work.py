@@ -25,7 +25,7 @@ INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
 
 
 class Count:
-    """What the UNet is asked for while the block lasts: rows of each call, residual blocks that ran before it and in all."""
+    """What the UNet is asked for while the block lasts: rows of each call, residual blocks before it and in all."""
 
     def __init__(self, unet: Any) -> None:
         self.unet, self.blocks = unet, 0

@@ -219,7 +219,8 @@ class Walk:
                 scores = self.map(area, heads * TEXT)
                 self.moment(before, t, 2 * scores, t)  # normed; scores and their softmax; the result
             else:
-                self.moment(before, 2 * t, text.scratch(how.attention, how.width))  # normed, q
+                keys_values = 2 * self.map(TEXT, channels)
+                self.moment(before, 2 * t, keys_values, text.scratch(how.attention, how.width))  # normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
             gate = 0 if how.fuses_gate is not None and how.fuses_gate(channels, 4 * channels) else 8 * t
             normed = 0 if how.residual_fusion and depth == 1 else t  # what another block follows has its own bias

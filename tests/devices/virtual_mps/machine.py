@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from russet.hardware import system
+from russet.hardware import facts as system
 
 from . import rules
 from .account import Account, Counts
