@@ -86,7 +86,9 @@ def is_ours(block: nn.Module, whole: bool) -> bool:
 
 def is_dropout(module: nn.Module, name: str, child: nn.Module) -> bool:
     """Whether a child is that of a feed-forward layer that computes something in training alone."""
-    return type(module) is nn.Sequential and name == "1" and type(child) in (nn.Identity, nn.Dropout) and not hooked(child)
+    return (
+        type(module) is nn.Sequential and name == "1" and type(child) in (nn.Identity, nn.Dropout) and not hooked(child)
+    )
 
 
 def is_known(module: nn.Module) -> bool:
