@@ -92,6 +92,7 @@ class DenoisingLoop:
             self.notes.append(fallback.announce())
             self._precision = fallback.precision
             self.change(snapshot.conditioning, snapshot.guidance)
+        self._denoiser = None  # decoding needs the memory of what it keeps of the prompt
         if not self.finite:
             self.notes.append(DAMAGED)
 
