@@ -48,8 +48,8 @@ def encode(
     """Pictures [B, 3, H, W] in -1..1 → the denoiser's latents [B, C, h, w], float32, and notes.
 
     generators: what the latents are sampled with from the distribution that the VAE gives: one for the batch, one per
-    picture, or none. in_float32: whether they draw in float32, and not in the VAE's precision, as Diffusers does. Latents
-    that are not finite are made again more precisely.
+    picture, or none. in_float32: whether they draw in float32, and not in the VAE's precision, as Diffusers does.
+    Latents that are not finite are made again more precisely.
     """
     notes: list[str] = []
     left, precision = fallbacks("vae", vae), None

@@ -70,8 +70,8 @@ def encode(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 → latents [B, C, h, w] as the denoiser takes them, float32.
 
-    ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none. They draw
-    in float32, or else in the VAE's precision, as Diffusers does.
+    ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none. They
+    draw in float32, or else in the VAE's precision, as Diffusers does.
     """
     outputs = [
         vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.device, vae.dtype), at_once)

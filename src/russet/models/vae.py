@@ -47,9 +47,9 @@ class DiagonalGaussian:
     ) -> Tensor:
         """Latents drawn at random, by one generator, or by one for each row.
 
-        The noise is drawn in ``dtype`` where the generator is, by default the CPU, and then moved: with the same seed it
-        is the same on every device. differs from Diffusers: without a generator that draws on the latents' device, and
-        for half-precision latents in half precision.
+        The noise is drawn in ``dtype`` where the generator is, by default the CPU, and then moved: with the same seed
+        it is the same on every device. differs from Diffusers: without a generator that draws on the latents' device,
+        and for half-precision latents in half precision.
 
         Raises:
             InputError: another number of generators than of rows.
