@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import backgrounds
 from russet import DiffusionPipeline, UNet2DConditionModel
 from russet.checkpoints.load_state_dict import build
+from russet.generate.denoiser import UNetCall
 from russet.planning.reference_models import SD15_UNET
 from russet.schedulers import names
 
@@ -108,21 +108,23 @@ class Model:
         return backgrounds.right(pictures)
 
 
-def operations(unet: nn.Module, latents: torch.Tensor, text: torch.Tensor, **deep: Any) -> tuple[int, Any]:
+def operations(unet: UNet2DConditionModel, latents: torch.Tensor, text: torch.Tensor, *deep: Any) -> tuple[int, Any]:
+    """Operations and output of a whole call, or of one at a branch, from an older deep map where there is one."""
+    call = UNetCall(unet, {"encoder_hidden_states": text})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        output = unet(latents, 500.0, text, return_dict=False, **deep)
+        output = call.with_deep_map(latents, 500.0, *deep)
     return counter.get_total_flops(), output
 
 
 def costs_of_reuse(unet: UNet2DConditionModel, size: int, device: str) -> list[float]:
     """For each branch, the operations of a call that starts from an older map, relative to a whole call."""
     latents = torch.zeros(2, 4, size, size, device=device)
-    text = torch.zeros(2, 77, unet.text_features or 0, device=device)
+    text = torch.zeros(2, 77, unet.config.text_features or 0, device=device)
     whole, _ = operations(unet, latents, text)
     found = []
-    for branch in range(unet.deep_branches):
-        _, (_, kept) = operations(unet, latents, text, deep_branch=branch)
-        found.append(operations(unet, latents, text, deep_branch=branch, deep_map=kept)[0] / whole)
+    for branch in range(len(unet.output_stages) - 1):
+        _, (_, kept) = operations(unet, latents, text, branch)
+        found.append(operations(unet, latents, text, branch, kept)[0] / whole)
     return found
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from russet.rng import Noise
-from russet.schedulers import multistep, names, spacing
-from russet.schedulers.noise import Point
+from russet.schedulers import multistep, names
+from russet.schedulers.noise_levels import Point, polyexponential
 from russet.schedulers.scheduler import Scheduler
 
 SD = {
@@ -95,7 +95,7 @@ Denoised = Callable[[Tensor, float], Tensor]
 
 def exact(noise: Tensor, high: float, low: float = 1e-3) -> Tensor:
     """Where the probability-flow equation leads from ``high * noise``, in float64 and 600 steps of the third order."""
-    *points, end = (Point(0.0, float(sigma)) for sigma in spacing.polyexponential(601, low, high))
+    *points, end = (Point(0.0, float(sigma)) for sigma in polyexponential(601, low, high))
     method, orders = multistep.Exponential("heun"), [1, 2, 3] * 200
     x = high * noise.double()
     steps = multistep.singlestep(x, points, end, Noise(lambda: x), method, orders)

@@ -134,9 +134,38 @@ def test_a_pipeline_imports_neither_diffusers_nor_transformers():
     assert not loaded & {*NEVER, "huggingface_hub", "scipy", "pandas"}
 
 
+PIPELINE = ("component", "config", "errors", "file_io", "rng", "validation")
+PIPELINE += ("images", "text", "models", "schedulers", "hardware", "backends", "passes", "planning", "checkpoints")
+PIPELINE += ("families", "residency", "generate", "pipelines")
+LATE = {"tokenizers", "safetensors", "PIL", "psutil", "tqdm", "huggingface_hub", "html", "triton"}
+LATE |= {"checkpoints.single_file", "checkpoints.hub", "checkpoints.save", "backends.triton", "images.png"}
+"""What is imported when a pipeline first needs it: libraries, and modules of russet."""
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiffusionPipeline"])
+def test_importing_a_pipeline_loads_torch_and_the_parts_that_every_picture_takes(name):
+    new = modules_loaded_by(f"from russet import {name}") - modules_loaded_by("import torch")
+    libraries = {module.split(".")[0] for module in new} - {"russet", *sys.stdlib_module_names}
+    assert not libraries, "only torch, and what it imports itself"
+    ours = {module.removeprefix("russet.") for module in new if module.startswith("russet.")}
+    assert {module.split(".")[0] for module in ours} <= {*PIPELINE}
+    late = {module for module in new | ours if any(f"{module}.".startswith(f"{one}.") for one in LATE)}
+    assert not late
+
+
+def test_the_collector_runs_again_once_a_pipeline_is_imported():
+    code = "import gc, russet\nrusset.StableDiffusionPipeline\nassert gc.isenabled()\n"
+    off = "import gc, russet\ngc.disable()\nrusset.StableDiffusionPipeline\nassert not gc.isenabled()\n"
+    assert "torch" in loaded_by(code) & loaded_by(off)
+
+
 def loaded_by(code: str) -> set[str]:
     """The top-level modules that a fresh Python has loaded after running ``code``."""
-    report = "import sys; print('\\nloaded:', *{name.split('.')[0] for name in sys.modules})"
+    return {name.split(".")[0] for name in modules_loaded_by(code)}
+
+
+def modules_loaded_by(code: str) -> set[str]:
+    report = "import sys; print('\\nloaded:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=True)
     return set(done.stdout.rpartition("loaded:")[2].split())
 

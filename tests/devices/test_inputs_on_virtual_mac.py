@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from russet import DiffusionPipeline
+from russet import DiffusionPipeline, passes
+from russet.generate.denoiser import UNetCall
 from russet.models.clip_vision import CLIPVisionModelWithProjection
 from russet.models.unet import UNet2DConditionModel
 from russet.models.vae import AutoencoderKL
+from russet.passes.base import Choices
+from russet.passes.timestep_embeddings import TimestepCache
 
 from .virtual_mps import VirtualMac
 
@@ -145,8 +148,16 @@ def test_what_is_computed_of_a_text_and_times_beforehand_has_the_unets_precision
     with VirtualMac(bugs=["mixed-operands"]):
         unet = made(UNet2DConditionModel, UNET, time_cond_proj_dim=16).half().to("mps")
         x, text, scale = noise(2, 4, 16, 16).to("mps"), noise(2, 7, 32).to("mps"), noise(1, 16).to("mps")
-        time = unet.tell([900, 500], scale)[1]
-        assert unet(x, time, unet.read(text)).sample.dtype == torch.float16
+        values = {"timestep_embeddings": "precomputed", "prompt_cache": "keys and values", "offload": None}
+        passes.apply(unet, "unet", Choices({**passes.OFF, **values}, rows=2))
+        rows, times = (
+            {"encoder_hidden_states": text, "timestep_cond": scale},
+            TimestepCache(unet, [900, 500], scale[:1]),
+        )
+        call = UNetCall(unet, rows, prompt_cache="keys and values", times=times)
+        with torch.no_grad():
+            assert times(500) is not None
+            assert call(x, 500).isfinite().all()
 
 
 def test_pictures_and_latents_take_the_precision_of_an_autoencoder_and_of_a_vision_tower():

@@ -12,37 +12,47 @@ import pytest
 import torch
 
 import russet
+from russet import passes
 from russet.backends.cuda.graphs import Graphs
 from russet.errors import ArgumentTypeError, InputError
 from russet.generate.denoiser import UNetCall
 from russet.generate.guidance import guidance_embedding
+from russet.models.resnet import ResnetBlock2D
+from russet.passes.base import Choices
 
 FAST = {"num_inference_steps": 4, "output_type": "latent", "seed": 1}
 INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
 
 
 class Count:
-    """What the UNet is asked for while the block lasts: rows of each call, and residual blocks that ran in all."""
+    """What the UNet is asked for while the block lasts: rows of each call, residual blocks before it and in all."""
 
     def __init__(self, unet: Any) -> None:
         self.unet, self.blocks = unet, 0
         self.rows: list[int] = []
         self.times: list[float] = []
+        self.blocks_before: list[int] = []
 
     def __enter__(self) -> Count:
-        def called(_: Any, args: Any) -> None:
-            self.rows.append(len(getattr(args[2], "tensor", args[2])))
-            self.times.append(float(args[1]))
+        run = UNetCall._run
+
+        def counted(call: UNetCall, x: Any, t: Any, *args: Any) -> Any:
+            self.rows.append(len(call.context))
+            self.times.append(float(t))
+            self.blocks_before.append(self.blocks)
+            return run(call, x, t, *args)
 
         def ran(*_: Any) -> None:
             self.blocks += 1
 
-        self.hooks = [self.unet.register_forward_pre_hook(called)]
-        kinds = (module for module in self.unet.modules() if type(module).__name__ == "Resnet")
-        self.hooks += [module.register_forward_pre_hook(ran) for module in kinds]
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(UNetCall, "_run", counted)
+        kinds = (module for module in self.unet.modules() if isinstance(module, ResnetBlock2D))
+        self.hooks = [module.register_forward_pre_hook(ran) for module in kinds]
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.patch.undo()
         for hook in self.hooks:
             hook.remove()
 
@@ -162,8 +172,9 @@ def test_a_cache_interval_of_one_draws_the_same_picture_to_the_bit(any_sampler: 
 
 @pytest.mark.parametrize("branch", [0, 1, 2])
 def test_between_whole_calls_only_the_outermost_blocks_run(branch: int, any_sampler: Any) -> None:
-    with Count(any_sampler.unet) as whole:
-        plain = drawn(any_sampler)
+    plain = drawn(any_sampler)
+    with Count(any_sampler.unet) as whole:  # hooks keep blocks plain, which may change the last bits
+        drawn(any_sampler)
     calls = len(whole.rows)
     any_sampler.enable_deep_cache(3, branch, start=0)
     with Count(any_sampler.unet) as count:
@@ -180,12 +191,10 @@ def test_between_whole_calls_only_the_outermost_blocks_run(branch: int, any_samp
 
 def test_before_its_start_every_call_is_whole(tiny: Any) -> None:
     tiny.enable_deep_cache(2, start=0.5)
-    per_call = sum(type(module).__name__ == "Resnet" for module in tiny.unet.modules())
+    per_call = sum(isinstance(module, ResnetBlock2D) for module in tiny.unet.modules())
     with Count(tiny.unet) as count:
-        seen = [0]
-        hook = tiny.unet.register_forward_hook(lambda *_: seen.append(count.blocks))
         drawn(tiny, num_inference_steps=10)
-        hook.remove()
+    seen = [*count.blocks_before, count.blocks]
     whole = [after - before == per_call for before, after in itertools.pairwise(seen)]
     early = sum(t > 499.5 for t in count.times)
     assert 0 < early < len(whole)
@@ -206,7 +215,7 @@ def test_pictures_with_a_cache_do_not_depend_on_the_batch(micro_batch: int, tiny
 
 def test_where_guidance_pauses_the_first_call_is_whole(tiny: Any) -> None:
     tiny.enable_deep_cache(10, start=0)
-    per_call = sum(type(module).__name__ == "Resnet" for module in tiny.unet.modules())
+    per_call = sum(isinstance(module, ResnetBlock2D) for module in tiny.unet.modules())
     with Count(tiny.unet) as count:
         drawn(tiny, guidance_interval=(0.3, 0.7), num_inference_steps=9)
     crossings = sum(a != b for a, b in itertools.pairwise(count.rows))
@@ -221,7 +230,7 @@ def test_what_a_callback_changes_is_not_answered_from_old_features(tiny: Any) ->
     def change(pipe: Any, index: int, t: Any, tensors: Any) -> dict[str, Any]:
         return {"prompt_embeds": other} if index == 2 else {}
 
-    per_call = sum(type(module).__name__ == "Resnet" for module in tiny.unet.modules())
+    per_call = sum(isinstance(module, ResnetBlock2D) for module in tiny.unet.modules())
     with Count(tiny.unet) as count:
         drawn(tiny, callback_on_step_end=change)
     assert count.blocks == 2 * per_call + (len(count.rows) - 2)
@@ -260,14 +269,14 @@ def test_a_run_that_overflowed_begins_again_with_a_whole_call(
     half.set_progress_bar_config(disable=True)
     half.enable_deep_cache(100, start=0)
     asked = []
-    whole = half.unet.forward
+    whole = UNetCall._run
 
-    def break_once(*args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs["deep_map"] is None)
-        output = whole(*args, **kwargs)
+    def break_once(*args: Any) -> Any:
+        asked.append(args[-1] is None)
+        output = whole(*args)
         return (output[0] * float("nan"), output[1]) if len(asked) == 7 else output
 
-    monkeypatch.setattr(half.unet, "forward", break_once)
+    monkeypatch.setattr(UNetCall, "_run", break_once)
     latents = drawn(half, num_inference_steps=8)
     assert np.isfinite(latents).all()
     calls = len(half.scheduler.schedule(8).timesteps)
@@ -307,20 +316,20 @@ class Replayed(Graphs):
 @pytest.mark.parametrize("width", [None, 24])
 def test_a_recorded_call_is_given_all_that_a_plain_one_is(width: int | None, prompt_cache: str, tiny: Any) -> None:
     unet = type(tiny.unet)(tiny.unet.config, time_cond_proj_dim=width).requires_grad_(False)
-    unet.lay_together()
+    passes.apply(unet, "unet", Choices({**passes.OFF, "offload": None, "prompt_cache": prompt_cache}, rows=2))
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     rows = {"encoder_hidden_states": context}
     if width is not None:
         rows["timestep_cond"] = guidance_embedding(7.5, width).expand(2, -1)
-    graphs = Replayed()
+    graphs, branches = Replayed(), len(unet.output_stages) - 1
     plain, recorded = (UNetCall(unet, rows, prompt_cache=prompt_cache, graphs=one) for one in (None, graphs))
     assert torch.equal(plain(x, 600.0), recorded(x, 600.0))
-    for branch in range(unet.deep_branches):
+    for branch in range(branches):
         output, kept = plain.with_deep_map(x, 600.0, branch)
         assert all(map(torch.equal, recorded.with_deep_map(x, 600.0, branch), (output, kept)))
         moved = plain.with_deep_map(x + 1, 500.0, branch, kept)
         assert all(map(torch.equal, recorded.with_deep_map(x + 1, 500.0, branch, kept), moved))
-    assert len(set(graphs.names)) == 1 + 2 * unet.deep_branches, "each kind of call is a recording of its own"
+    assert len(set(graphs.names)) == 1 + 2 * branches, "each kind of call is a recording of its own"
 
 
 # -- how near the embedded model's pictures stay
@@ -341,5 +350,5 @@ def test_the_cache_as_it_is_switched_on_keeps_the_pictures(mini: Any, full: Any,
 
 
 def test_the_last_step_may_go_without_guidance(mini: Any, full: Any, psnr: Any) -> None:
-    # 34.6 dB measured; an interval that leaves guidance out of less than one of 25 steps there is none.
+    # The least that an interval can leave out of 25 steps. 34.6 dB; with the blurrier decoder of before it is 36.1.
     assert psnr(mini(PROMPT, guidance_interval=(0, 0.95), **MINI).images, full) > 34.0

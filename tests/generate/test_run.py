@@ -245,3 +245,21 @@ def test_threads_with_callbacks_keep_their_guidance_apart(ddim: Any) -> None:
         thread.join()
     for scale, picture in zip(scales, alone, strict=True):
         assert np.array_equal(together[scale], picture)
+
+
+@pytest.mark.parametrize("steps", [None, 2], ids=["to its end", "closed half-way"])
+def test_what_an_ended_run_kept_is_freed_at_once(ddim: Any, steps: int | None) -> None:
+    gc.collect()
+    gc.disable()  # a GPU's memory fills before the collector comes round
+    try:
+        run = ddim.start(spec())
+        for _ in range(steps or 0):
+            next(run)
+        if steps is None:
+            run.result()
+        run.close()
+        kept = weakref.ref(run), weakref.ref(run._loop), weakref.ref(run._loop.conditioning)
+        del run
+        assert [one() for one in kept] == [None, None, None]
+    finally:
+        gc.enable()

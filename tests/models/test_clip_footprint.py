@@ -20,5 +20,6 @@ def test_a_text_encoder_peaks_as_predicted(attention: str, width: int) -> None:
     config = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 6, "vocab_size": 100}
     text, (choice, function) = CLIPTextModel(config), ATTENTIONS[attention]
     text.set_attention(function)
-    counted = peak_of(lambda: text(torch.ones(2, 77, dtype=torch.long)))
+    ids = torch.ones(2, 77, dtype=torch.long)
+    counted = peak_of(lambda: text(ids))
     require_predicted(tower_peak(text.config, 2, Arithmetic(attention=choice)), counted)

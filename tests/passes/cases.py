@@ -76,6 +76,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "buffer_donation": (True,),
         "shared_prefix": (True,),
         "onednn_linear": (True,),
+        "weight_prepacking": (True,),
         "winograd": (True,),
         "malloc_tuning": (True,),
         "prompt_cache": ("keys and values",),

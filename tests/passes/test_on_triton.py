@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 
 from russet import passes
 from russet.backends import gemm_heuristics, upsample_heuristics
+from russet.backends.cuda import graphs
 from russet.backends.triton import geglu, layers, ops
 from russet.models.transformer import GEGLU
 
@@ -164,3 +165,13 @@ def test_a_gated_layer_in_half_precision_is_one_kernel(monkeypatch: Any) -> None
     assert calls == [1]
     changes.undo()
     assert type(block[0]) is GEGLU
+
+
+def test_a_network_of_the_next_run_is_that_of_which_a_graph_was_captured() -> None:
+    network = unet("SD 1", **WIDE).to(DEVICE, memory_format=torch.channels_last)
+    captured = []
+    for _ in range(2):
+        changes = ALL.apply(network)
+        captured.append(graphs.identity(network))
+        changes.undo()
+    assert captured[0] == captured[1] is not None

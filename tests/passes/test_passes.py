@@ -217,7 +217,8 @@ def test_what_was_applied_within_another_is_undone_first(outer: Case, inner: Cas
 
 
 def test_changes_are_undone_last_first() -> None:
-    network, changes = unet(), Changes()
+    network = unet()
+    changes = Changes(network)
     changes.set(network, "note", 1)
     changes.set(network, "note", 2)
     changes.undo()

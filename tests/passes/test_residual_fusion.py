@@ -151,7 +151,7 @@ def test_a_shortcut_within_a_product_reads_its_map_before_it_is_overwritten() ->
     torch.manual_seed(0)
     block, x = ResnetBlock2D(4, 8, ResnetStyle(groups=2, eps=1e-5)).requires_grad_(False), seeded(2, 4, 6, 6)
     expected = block(x)
-    optimize_blocks(block, Changes())
+    optimize_blocks(block, Changes(block))
     assert isinstance(block, OptimizedResnet)
     block.ops = Overwriting()
     torch.testing.assert_close(block(Donated(x.clone())), expected)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from russet.backends.cpu.ops import OnCPU
-from russet.models.linears import OneDNNLinear
 
 import russet
+from russet.backends.cpu.convolution import CpuConv2d
+from russet.backends.cpu.linear import OneDNNLinear
 from russet.text.tokenizer import CLIPTokenizer
 
 PROMPT = "a photo of an astronaut riding a horse on mars"
@@ -56,16 +56,17 @@ def wide() -> Any:
 def test_fast_paths_and_plain_operations_draw_the_same_picture(wide: Any) -> None:
     settings = {"num_inference_steps": 3, "output_type": "np", "seed": 3}
     block, seen = wide.unet.down_blocks[0], []
+    feed_forward = block.attentions[0].transformer_blocks[0].ff
     hook = wide.unet.register_forward_pre_hook(
-        lambda *_: seen.append((block.resnets[0].steps, type(block.attentions[0].transformer_blocks[0].ff.net[2])))
+        lambda *_: seen.append((type(block.resnets[0].conv1), type(feed_forward.net[2])))
     )
     fast = wide(PROMPT, **settings)
     hook.remove()
-    steps, linear = seen[0]
+    conv, linear = seen[0]
     assert fast.plan["winograd"]
-    assert isinstance(steps, OnCPU)
+    assert conv is CpuConv2d
     assert (linear is OneDNNLinear) == fast.plan["onednn_linear"]
-    assert type(block.attentions[0].transformer_blocks[0].ff.net[2]) is torch.nn.Linear, "a plain network again"
+    assert type(feed_forward.net[2]) is torch.nn.Linear, "a plain network again"
     wide.disable_fast_paths()
     plain = wide(PROMPT, **settings)
     wide.enable_fast_paths()

@@ -20,7 +20,6 @@ from russet.models import attention
 from russet.models.transformer import BasicTransformerBlock
 from russet.planning import strategies
 from russet.planning.device_defaults import allocator_environment
-from russet.planning.plan import Plan
 from russet.residency import kernels
 from russet.residency import network as residency
 from russet.residency.form import MEMORY_FORMATS, form_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import unicodedata
@@ -321,6 +322,6 @@ def test_a_long_text_may_be_cut_only_where_no_character_composes_with_those_befo
             seconds.add(chr(int(found[1], 16)))
     for code in range(0x110000):
         character = chr(code)
-        if STARTERS.fullmatch(character):
+        if re.fullmatch(STARTERS, character):
             assert unicodedata.combining(character) == 0
             assert character not in seconds

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(words: list[str]) -> int:
-    """Runs the command line; returns the exit code. ``--debug`` lets errors through with their traceback."""
+    """Runs the command line; returns the exit code. With ``--debug`` errors are raised, with their traceback."""
     debug = "--debug" in words
     try:
         code: Any = app([word for word in words if word != "--debug"], prog_name="russet", standalone_mode=False)
@@ -72,7 +72,7 @@ def run(words: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         complain("interrupted")
         return 130
-    except BrokenPipeError:  # whoever read the output has gone; what is still to be flushed must not complain either
+    except BrokenPipeError:  # the reader of stdout has gone; flushing what is left must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except click.UsageError as error:
@@ -81,18 +81,12 @@ def run(words: list[str]) -> int:
     except click.ClickException as error:
         complain(error.format_message())
         return error.exit_code
-    except RussetError as error:
-        if debug:
-            raise
-        complain(str(error))
-        return 2 if isinstance(error, InputError) else 1
     except Exception as error:
         if debug:
             raise
-        complain(
-            f"an error that should not happen: {type(error).__name__}: {error}\nrun it again with --debug to see where"
-        )
-        return 1
+        unexpected = f"unexpected {type(error).__name__}: {error}\nrun it again with --debug to see where"
+        complain(str(error) if isinstance(error, RussetError) else unexpected)
+        return 2 if isinstance(error, InputError) else 1
 
 
 def complain(message: str) -> None:

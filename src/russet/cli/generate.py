@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,36 +212,50 @@ def generate(job: Job, pipe: Any, screen: Screen, times: Mapping[str, float]) ->
         guidance_interval=job.guidance_interval,
         **({} if job.preview is None else preview_arguments(job.preview)),
     )
-    sampler = job.sampler or names.title(pipe.scheduler)
-    paths = write_images(job, sampler, output)
-    (width, height), seeds = output.images[0].size, output.seeds or ()
-    device, dtype, spent = str(pipe.device), str(pipe.dtype).removeprefix("torch."), {**times, **output.times}
+    paths = write_images(job, pipe, output)
+    times = {**times, **output.times}
     if job.as_json:
-        report = {
-            "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, seeds, strict=True)],
-            "prompt": job.prompt,
-            "negative_prompt": job.negative,
-            "model": job.model,
-            "sampler": sampler,
-            "steps": job.steps,
-            "guidance": job.guidance,
-            "guidance_interval": job.guidance_interval,
-            "deep_cache": job.deep_cache,
-            "width": width,
-            "height": height,
-            "device": device,
-            "dtype": dtype,
-            "seconds": {phase: round(seconds, 3) for phase, seconds in spent.items()},
-            "notes": list(output.notes),
-        }
-        click.echo(json.dumps(report, ensure_ascii=False))
+        click.echo(json.dumps(report(job, pipe, output, paths, times), ensure_ascii=False))
         return
     for path in paths:
         click.echo(path)
     for note in output.notes:
         screen.line(f"note: {note}")
-    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in spent.items())
-    screen.line(f"seed {', '.join(map(str, seeds))} · {width}×{height} · {device}, {dtype} · {phases}")
+    (width, height), seeds = output.images[0].size, ", ".join(map(str, output.seeds or ()))
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in times.items())
+    screen.line(f"seed {seeds} · {width}×{height} · {pipe.device}, {dtype_name(pipe)} · {phases}")
+
+
+def report(
+    job: Job, pipe: Any, output: StableDiffusionPipelineOutput, paths: Sequence[Path], times: Mapping[str, float]
+) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    width, height = output.images[0].size
+    return {
+        "images": [{"path": str(path), "seed": seed} for path, seed in zip(paths, output.seeds or (), strict=True)],
+        "prompt": job.prompt,
+        "negative_prompt": job.negative,
+        "model": job.model,
+        "sampler": sampler_name(job, pipe),
+        "steps": job.steps,
+        "guidance": job.guidance,
+        "guidance_interval": job.guidance_interval,
+        "deep_cache": job.deep_cache,
+        "width": width,
+        "height": height,
+        "device": str(pipe.device),
+        "dtype": dtype_name(pipe),
+        "seconds": {phase: round(seconds, 3) for phase, seconds in times.items()},
+        "notes": list(output.notes),
+    }
+
+
+def dtype_name(pipe: Any) -> str:
+    return str(pipe.dtype).removeprefix("torch.")
+
+
+def sampler_name(job: Job, pipe: Any) -> str:
+    return job.sampler or names.title(pipe.scheduler)
 
 
 def preview_arguments(file: Path) -> dict[str, Any]:
@@ -257,11 +271,11 @@ def preview_arguments(file: Path) -> dict[str, Any]:
     return {"callback_on_step_end": show, "callback_on_step_end_tensor_inputs": ["pred_original_sample"]}
 
 
-def write_images(job: Job, sampler: str, output: StableDiffusionPipelineOutput) -> list[Path]:
+def write_images(job: Job, pipe: Any, output: StableDiffusionPipelineOutput) -> list[Path]:
     """Writes each image, and into it how it was made."""
     from russet.images.png import KEY, Parameters, save_as, save_new
 
-    settings: dict[str, Any] = {"Steps": job.steps, "Sampler": sampler, "CFG scale": job.guidance}
+    settings: dict[str, Any] = {"Steps": job.steps, "Sampler": sampler_name(job, pipe), "CFG scale": job.guidance}
     if job.guidance_interval is not None:
         settings["CFG interval"] = "-".join(map(str, job.guidance_interval))
     if job.deep_cache is not None:

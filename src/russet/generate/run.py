@@ -265,10 +265,18 @@ class Run(Generic[Output]):
         start = self.spec.start.latents(resolved.schedule, noise, resolved.geometry, self._encode_pictures)
         self.clock.enter("denoise")
         loop = self._loop = self._new_loop(conditioning)
-        if warm_up:
-            self._warm_up(conditioning, start)
-        with self.pipe.progress_bar(total=loop.total) as bar:
+        try:
+            if warm_up:
+                self._warm_up(conditioning, start)
             noise = dataclasses.replace(noise, dtype=self._scheduler.noise_dtype(drawn_in))
+            yield from self._steps_of(loop, noise, start)
+        finally:
+            loop.close()
+        self.pipe.finite_in = self._unet_dtype if loop.finite and not loop.notes else None
+        self.notes += loop.notes
+
+    def _steps_of(self, loop: DenoisingLoop, noise: NoiseSource, start: Tensor) -> Iterator[RunStep]:
+        with self.pipe.progress_bar(total=loop.total) as bar:
             for step in loop.steps(noise, start, lambda: self.stopped):
                 bar.update(step.index + 1 - bar.n)
                 if self.spec.callback.function is not None:
@@ -276,8 +284,6 @@ class Run(Generic[Output]):
                 self.clock.pause()
                 yield RunStep(step.index, loop.total, step.t, step.x0, step)
                 self.clock.enter("denoise")
-        self.pipe.finite_in = self._unet_dtype if loop.finite and not loop.notes else None
-        self.notes += loop.notes
 
     def _encode(self) -> Conditioning:
         """The conditioning of all images, on the device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -63,6 +63,10 @@ class DenoisingLoop:
         """Has the next step made with other conditioning or guidance."""
         self.conditioning, self.guidance, self._denoiser = conditioning, guidance, None
 
+    def close(self) -> None:
+        """Frees what the denoiser keeps, as the text's keys and values, and lets go of the run: no step follows."""
+        self._denoiser, self._build, self._at_work = None, _closed, _closed
+
     @property
     def latents(self) -> Tensor:
         """[B, C, h, w] in the scheduler's public convention. May be set between two steps."""
@@ -92,7 +96,7 @@ class DenoisingLoop:
             self.notes.append(fallback.announce())
             self._precision = fallback.precision
             self.change(snapshot.conditioning, snapshot.guidance)
-        self._denoiser = None  # decoding needs the memory of what it keeps of the prompt
+        self._denoiser = None  # what it keeps of the prompt would take memory while pictures are decoded
         if not self.finite:
             self.notes.append(DAMAGED)
 
@@ -120,3 +124,7 @@ class DenoisingLoop:
 
     def _snapshot(self, step: int, latents: Tensor, noise: NoiseSource) -> Snapshot:
         return Snapshot(step, latents, noise.state(), self.conditioning, self.guidance)
+
+
+def _closed(*args: object) -> NoReturn:
+    raise AssertionError("a loop that was closed makes no more steps")

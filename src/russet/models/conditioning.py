@@ -42,9 +42,9 @@ class Conditioned(Model):
         self,
         sample: Tensor,
         timestep: float | Tensor,
-        timestep_cond: Tensor | None,
-        class_labels: Tensor | None,
-        added_cond_kwargs: Mapping[str, Tensor] | None,
+        timestep_cond: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The time embedding, activated: [B, time], or [1, time] where it is the same for all rows of ``sample``.
 

@@ -7,8 +7,7 @@ passes change is part of ``Arithmetic``. The walk of each network stands beside 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -97,10 +96,11 @@ class Attended:
         elif choice.kind == "chunked":
             queries = self.rows(choice)
             step = min(choice.keys or self.keys, self.keys)
-            if step == self.keys:  # float32 scores and their softmax
-                row = 8 * step
+            if step == self.keys:  # float32 scores and their softmax, or that and its product with the values
+                row = max(8 * step, 4 * step + 4 * padded)
             else:  # float32 scores, less their maximum, exponentials; and those of the keys before; sums and maxima
-                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + 8 * padded + 24
+                row = 4 * max(3 * step, step + 3 * min(step, self.keys - step)) + 8 * padded
+                row = 24 + max(row, 8 * step + 16 * padded)  # … or the values so far, scaled, those to add, the sum
             scores = self.batch * self.heads * queries * row
             in_order = copies or self.heads == 1
             copies += q * inner + (0 if in_order else 2 * k * inner)  # scaled queries; keys and values in order
@@ -144,10 +144,15 @@ class Arithmetic:
 
 @dataclass
 class Walk:
-    """What is alive on the way through a network, ``rows`` rows at once. timed: residual blocks add the time."""
+    """What is alive on the way through a network, ``rows`` rows at once.
+
+    sides: height and width of the maps of each area, which decide how a convolution works. timed: residual blocks add
+    the time.
+    """
 
     rows: int
     how: Arithmetic
+    sides: Mapping[int, tuple[int, int]]
     timed: bool = False
     held: int = 0
     peak: int = 0
@@ -161,14 +166,11 @@ class Walk:
         return self.rows * area * channels * self.how.width
 
     def conv(self, area: int, x: int, out: int, enlarged: bool = False) -> int | None:
-        """Bytes beside the input and the result of a 3×3 convolution; None where it takes none.
-
-        Areas are taken as squares, which is as near as the rest of a tile at the edge.
-        """
+        """Bytes beside the input and the result of a 3×3 convolution; None where it takes none."""
         if self.how.conv_workspace is None:
             return None
-        side, (inputs, outputs) = math.isqrt(area), (size // (self.rows * area * self.how.width) for size in (x, out))
-        numbers = self.how.conv_workspace(self.rows, inputs, outputs, side, side, enlarged)
+        inputs, outputs = (size // self.map(area, 1) for size in (x, out))
+        numbers = self.how.conv_workspace(self.rows, inputs, outputs, *self.sides[area], enlarged)
         return None if numbers is None else numbers * self.how.width
 
     def resnet(self, area: int, x: int, out: int, *, held: bool = False, donated: bool = False) -> None:
@@ -217,7 +219,8 @@ class Walk:
                 scores = self.map(area, heads * TEXT)
                 self.moment(before, t, 2 * scores, t)  # normed; scores and their softmax; the result
             else:
-                self.moment(before, 2 * t, text.scratch(how.attention, how.width))  # normed, q
+                keys_values = 2 * self.map(TEXT, channels)
+                self.moment(before, 2 * t, keys_values, text.scratch(how.attention, how.width))  # normed, q
             self.moment(2 * t, 6 * t)  # … and the projected result
             gate = 0 if how.fuses_gate is not None and how.fuses_gate(channels, 4 * channels) else 8 * t
             normed = 0 if how.residual_fusion and depth == 1 else t  # what another block follows has its own bias

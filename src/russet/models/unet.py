@@ -102,11 +102,15 @@ class UNet2DConditionModel(Conditioned):
         channels, size = self.config.in_channels, tuple(sample.shape)
         if len(size) != 4 or size[1] != channels or min(size) < 1:
             raise InputError(f"sample must have the shape [B, {channels}, h, w], not {list(size)}")
-        features = self.config.text_features
-        if context.ndim != 3 or len(context) != size[0] or features not in (None, context.shape[2]):
-            wanted = f"[{size[0]}, N, {features or 'any'}]"
-            raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")
+        self.check_text(context, size[0])
         return as_input(sample, self.dtype), context.to(self.dtype)
+
+    def check_text(self, context: Tensor, rows: int) -> None:
+        """Raises InputError for a text that is not [rows, N, D]."""
+        features = self.config.text_features
+        if context.ndim != 3 or len(context) != rows or features not in (None, context.shape[2]):
+            wanted = f"[{rows}, N, {features or 'any'}]"
+            raise InputError(f"encoder_hidden_states must have the shape {wanted}, not {list(context.shape)}")
 
     def down(self, sample: Tensor, emb: Tensor, context: Tensor, count: int | None = None) -> list[Tensor]:
         """The skip connections, or the first ``count`` of them: of the first convolution, then of every stage."""

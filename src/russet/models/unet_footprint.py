@@ -8,8 +8,9 @@ from russet.models.unet_config import StageConfig, UNetConfig
 
 def unet_peak(u: UNetConfig, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of one UNet call on ``rows`` rows of latents ``(h, w)``."""
-    walk = Walk(rows, how, timed=True)
-    areas = [-(-latents[0] // (1 << n)) * -(-latents[1] // (1 << n)) for n in range(len(u.block_out_channels))]
+    sides = [(-(-latents[0] // (1 << n)), -(-latents[1] // (1 << n))) for n in range(len(u.block_out_channels))]
+    areas = [height * width for height, width in sides]
+    walk = Walk(rows, how, dict(zip(areas, sides, strict=True)), timed=True)
     skips = [walk.map(areas[0], u.block_out_channels[0])]
     times = u.time_features + sum(stage.channels for stage in u.stages)  # of one row, or all rows have one time
     walk.held = walk.map(areas[0], u.in_channels) + skips[0] + times * how.width

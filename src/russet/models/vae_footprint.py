@@ -9,7 +9,7 @@ from russet.models.vae_config import VAEConfig
 
 def decoder_peak(v: VAEConfig | TinyVAEConfig, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of decoding ``rows`` rows of latents ``(h, w)`` at once: mostly the last change of resolution."""
-    walk = Walk(rows, how)
+    walk = Walk(rows, how, sides(v, latents))
     if isinstance(v, TinyVAEConfig):
         return tiny_peak(walk, v.decoder_block_out_channels[0], latents[0] * latents[1] * v.pixels_per_latent**2)
     area = latents[0] * latents[1]
@@ -31,9 +31,10 @@ def decoder_peak(v: VAEConfig | TinyVAEConfig, rows: int, latents: tuple[int, in
 
 def encoder_peak(v: VAEConfig | TinyVAEConfig, rows: int, latents: tuple[int, int], how: Arithmetic) -> int:
     """Peak of encoding pictures of ``rows`` rows of latents ``(h, w)`` at once: mostly its first level."""
-    walk = Walk(rows, how)
+    walk = Walk(rows, how, sides(v, latents))
     area = latents[0] * latents[1] * v.pixels_per_latent**2
     if isinstance(v, TinyVAEConfig):
+        walk.held = walk.map(area, 3)  # the pictures from 0 to 1
         return tiny_peak(walk, v.encoder_block_out_channels[0], area)
     walk.held = walk.map(area, 3)
     x = walk.map(area, v.block_out_channels[0])
@@ -50,6 +51,13 @@ def encoder_peak(v: VAEConfig | TinyVAEConfig, rows: int, latents: tuple[int, in
     walk.held += x
     middle(walk, v, area)
     return walk.peak
+
+
+def sides(v: VAEConfig | TinyVAEConfig, latents: tuple[int, int]) -> dict[int, tuple[int, int]]:
+    """Area → height and width of the maps at each resolution."""
+    height, width = latents
+    scales = [1 << level for level in range(v.pixels_per_latent.bit_length())]
+    return {height * width * scale * scale: (height * scale, width * scale) for scale in scales}
 
 
 def middle(walk: Walk, v: VAEConfig, area: int) -> None:

@@ -45,10 +45,6 @@ CONTAINERS = {nn.ModuleList, nn.Sequential, UpDecoderBlock2D, vae_blocks.UNetMid
 """Classes of modules that only hold others."""
 
 
-NOTHING = {nn.Identity, nn.Dropout}
-"""Classes of modules that compute nothing outside of training."""
-
-
 def optimize_blocks(network: nn.Module, changes: Changes) -> None:
     """Gives every block that is as Russet made it its optimized class; does nothing the second time."""
     if not changes.blocks_optimized:
@@ -61,10 +57,10 @@ def _visit(module: nn.Module, changes: Changes) -> bool:
     if is_compiled(module):
         return False
     whole = is_known(module)
-    for child in module._modules.values():
+    for name, child in module._modules.items():
         if child is not None:
             child_whole = _visit(child, changes)
-            whole = whole and (child_whole or (type(child) in NOTHING and not hooked(child)))
+            whole = whole and (child_whole or is_dropout(module, name, child))
     if type(module) in OPTIMIZED and is_ours(module, whole):
         changes.set_class(module, OPTIMIZED[type(module)])
     return whole
@@ -86,6 +82,13 @@ def is_ours(block: nn.Module, whole: bool) -> bool:
         return True
     # A decoder's layers overwrite what the one before them gave: each must be ours, as in the smaller blocks.
     return whole
+
+
+def is_dropout(module: nn.Module, name: str, child: nn.Module) -> bool:
+    """Whether a child is that of a feed-forward layer that computes something in training alone."""
+    return (
+        type(module) is nn.Sequential and name == "1" and type(child) in (nn.Identity, nn.Dropout) and not hooked(child)
+    )
 
 
 def is_known(module: nn.Module) -> bool:

@@ -19,15 +19,14 @@ def decide(situation: Situation) -> tuple[str, str]:
 
 def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> None:
     from russet.backends.triton.layers import TritonGEGLU  # Triton is installed where the plan chose it
-    from russet.backends.triton.ops import TritonOps
+    from russet.backends.triton.ops import TRITON
 
     if name not in ("unet", "vae") or choices["offload"] == "sequential":
         return
     optimize_blocks(network, changes)
-    ops = TritonOps()
     for module in changes.modules:
         if isinstance(module, tuple(OPTIMIZED.values())) and hasattr(module, "ops"):
-            changes.set(module, "ops", ops)
+            changes.set(module, "ops", TRITON)
         if type(module) in (GEGLU, OptimizedGEGLU):
             changes.set_class(module, TritonGEGLU)
 

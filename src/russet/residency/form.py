@@ -6,6 +6,7 @@ Pure: a plan decides (``russet.planning``), ``residency.apply`` changes networks
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import torch
@@ -96,8 +97,12 @@ def attention_of(plan: Plan, component: str, *, upcast: bool = False) -> Attenti
     return attention_function(choice, contiguous=plan["contiguous_attention"])
 
 
+@functools.lru_cache
 def attention_function(choice: AttentionChoice, *, contiguous: bool = False) -> AttentionFunction:
-    """An attention as described, inside out: the kind, then float32 scores, then padded heads, then contiguity."""
+    """An attention as described, inside out: the kind, then float32 scores, then padded heads, then contiguity.
+
+    The same object for the same choice: a CUDA graph of an earlier run is replayed only if nothing is different.
+    """
     made: AttentionFunction = attention.fused
     if choice.kind == "sliced":
         made = attention.sliced(choice.rows or 1)

@@ -159,10 +159,17 @@ class ManagedNetwork:
                 resting = self._resting = CPU
             if resting == META:
                 self._drop(dtype)
-            elif not self.in_memory:
+            elif not self.in_memory or self._rounded_otherwise(dtype):
                 self._load(resting, dtype, memory_format)
             else:
                 self._move(resting, dtype, memory_format)
+
+    def _rounded_otherwise(self, dtype: torch.dtype) -> bool:
+        """Whether the weights were rounded to another half precision than is asked for now, and the file has them all.
+
+        Differs from Diffusers, which rounds what was rounded: a CPU may compute in bfloat16 by default, and a GPU not.
+        """
+        return self.dtype not in (dtype, torch.float32) and self._may_drop()
 
     def load(self, device: torch.device = CPU) -> bool:
         """Reads the weights if they are not in memory; whether it did."""

@@ -25,7 +25,7 @@ FACTOR = 8  # each further beginning is so many times longer
 MARGIN = 64  # characters before the cut that are not relied on, at least
 SPACES = 256  # characters that a run of white space keeps, at least
 
-STARTERS = re.compile(
+STARTERS = (
     "[\x21-\x7e\u00c0-\u02ff\u0400-\u0482\u2010-\u2027\u2190-\u27bf\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3"
     "\U0001f300-\U0001faff\U00020000-\U0002a6df]"
 )
@@ -57,7 +57,7 @@ def heads(text: str, added: int) -> Iterator[Head]:
     """Longer and longer beginnings of a text, at last the whole. added: characters of the longest added token."""
     spaces, size = max(SPACES, 4 * added), START
     while size < len(text):
-        found = STARTERS.search(text, size)
+        found = re.compile(STARTERS).search(text, size)
         if found is None:
             break
         yield shortened(text[: found.start()], spaces, whole=False)

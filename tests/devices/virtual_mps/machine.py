@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from russet.hardware import facts as system
+
 from . import rules
 from .account import Account, Counts
 from .answers import Replaced, install
@@ -95,6 +97,7 @@ class VirtualMac:
         if VirtualMac.active is not None:
             raise RuntimeError(f"{VirtualMac.active.name} is active already; virtual Macs do not nest")
         VirtualMac.active = self
+        forget_the_host()
         self._replaced = Replaced()
         install(self, self._replaced)
         self._overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -109,6 +112,7 @@ class VirtualMac:
         self.functions.__exit__(*error)
         torch.__future__.set_overwrite_module_params_on_conversion(self._overwrite)
         self._replaced.restore()
+        forget_the_host()
         VirtualMac.active = None
 
     def in_thread(self, run: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
@@ -152,3 +156,10 @@ class VirtualMac:
         if hasty:
             poison(x)
         return x
+
+
+def forget_the_host() -> None:
+    """Has what Russet reads once of a machine read again."""
+    for function in vars(system).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()

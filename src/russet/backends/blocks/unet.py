@@ -138,10 +138,13 @@ class OptimizedUNet(UNet2DConditionModel):
     def inputs(  # type: ignore[override]
         self, sample: Tensor, context: Tensor | Context
     ) -> tuple[Tensor, Tensor | Context]:
-        text, rows = Context.of(context).tensor, len(sample) if isinstance(sample, Tensor) and sample.ndim else 0
-        shared = isinstance(text, Tensor) and text.ndim == 3 and rows and len(text) % rows == 0 and len(text) >= rows
-        sample, first = super().inputs(sample, text[:rows] if shared else text)
-        return sample, context if first.dtype == text.dtype else Context(text.to(first.dtype))
+        text = Context.of(context).tensor
+        sample, cast = super().inputs(sample, text)
+        return sample, context if cast.dtype == text.dtype else Context(cast)
+
+    def check_text(self, context: Tensor, rows: int) -> None:
+        several = context.ndim == 3 and len(context) > 0 and len(context) % rows == 0  # texts for each row of latents
+        super().check_text(context, len(context) if several else rows)
 
 
 def stage(

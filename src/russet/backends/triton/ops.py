@@ -111,6 +111,9 @@ class TritonOps:
         return x
 
 
+TRITON = TritonOps()
+
+
 def computes(x: Tensor) -> bool:
     """Whether the kernels are made for such a tensor: on a GPU, with 32-bit offsets."""
     return x.is_cuda and x.numel() < 2**31
