@@ -108,6 +108,36 @@ def test_all_noise_of_a_picture_is_drawn_in_the_precision_that_diffusers_draws_i
     assert draws[1].seen[0] == ((1, 4, 8, 8), dtype, "cpu")
 
 
+def image_to_image(folder: Path, dtype: torch.dtype, library: Any) -> Any:
+    pipe = library.StableDiffusionImg2ImgPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("images", [1, 2], ids=["one stream", "a stream each"])
+def test_image_to_image_samples_the_latents_of_its_picture_in_the_precision_of_diffusers(
+    images: int, dtype: torch.dtype, tiny_folder: Path
+) -> None:
+    draws = []
+    for library in (pytest.importorskip("diffusers"), russet):
+        pipe = image_to_image(tiny_folder, dtype, library)
+        streams = stream() if images == 1 else [stream(seed) for seed in range(images)]
+        with Draws() as seen:
+            pipe(["a horse"] * images, image=torch.rand(1, 3, 64, 64), generator=streams, **OPTIONS)
+        draws.append(seen)
+    assert {found for _, found, _ in draws[1].seen} == {dtype}
+    check_draws(*draws)
+
+
+@pytest.mark.parametrize("given", [{"seed": 7}, {}], ids=["seed", "nothing"])
+def test_image_to_image_draws_a_seed_or_none_in_float32(given: dict[str, Any], tiny_folder: Path) -> None:
+    pipe = image_to_image(tiny_folder, torch.bfloat16, russet)
+    with Draws() as draws:
+        pipe("a horse", image=torch.rand(1, 3, 64, 64), **given, **OPTIONS)
+    assert {dtype for _, dtype, _ in draws.seen} == {torch.float32}
+
+
 @pytest.mark.parametrize("given", [{"seed": 7}, {}], ids=["seed", "nothing"])
 def test_a_seed_or_none_is_drawn_in_float32(given: dict[str, Any], tiny_folder: Path) -> None:
     _, pipe = both(tiny_folder, torch.bfloat16)

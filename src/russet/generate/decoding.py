@@ -37,19 +37,26 @@ def decode(vae: Autoencoder, latents: Tensor, at_once: int, at_work: AtWork) -> 
 
 
 def encode(
-    vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...], at_once: int, at_work: AtWork
+    vae: Autoencoder,
+    pictures: Tensor,
+    generators: tuple[Generator, ...],
+    at_once: int,
+    at_work: AtWork,
+    *,
+    in_float32: bool,
 ) -> tuple[Tensor, list[str]]:
     """Pictures [B, 3, H, W] in -1..1 → the denoiser's latents [B, C, h, w], float32, and notes.
 
     generators: what the latents are sampled with from the distribution that the VAE gives: one for the batch, one per
-    picture, or none. Latents that are not finite are made again more precisely.
+    picture, or none. in_float32: whether they draw in float32, and not in the VAE's precision, as Diffusers does.
+    Latents that are not finite are made again more precisely.
     """
     notes: list[str] = []
     left, precision = fallbacks("vae", vae), None
     states = [generator.get_state() for generator in generators]
     while True:
         with at_work("vae", precision):
-            latents = engine.encode(vae, pictures, generators, at_once)
+            latents = engine.encode(vae, pictures, generators, at_once, in_float32=in_float32)
         if is_finite(latents) or not left:
             return latents, notes
         for generator, state in zip(generators, states, strict=True):

@@ -65,10 +65,13 @@ def decode(vae: Autoencoder, latents: Tensor, at_once: int) -> Tensor:
     return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in parts])
 
 
-def encode(vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...], at_once: int) -> Tensor:
+def encode(
+    vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...], at_once: int, *, in_float32: bool = True
+) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 → latents [B, C, h, w] as the denoiser takes them, float32.
 
-    ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none.
+    ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none. They
+    draw in float32, or else in the VAE's precision, as Diffusers does.
     """
     outputs = [
         vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.device, vae.dtype), at_once)
@@ -78,7 +81,7 @@ def encode(vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...]
     moments = torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in outputs])
     distribution = type(outputs[0])(moments)
     generator = generators[0] if len(generators) == 1 else generators or None
-    return scaled(vae, distribution.sample(generator))
+    return scaled(vae, distribution.sample(generator, dtype=torch.float32 if in_float32 else moments.dtype))
 
 
 def scaled(vae: Autoencoder, z: Tensor) -> Tensor:

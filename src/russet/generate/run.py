@@ -95,7 +95,7 @@ class RunStep:
     index: int
     total: int
     t: float
-    x0: Tensor
+    x0: Tensor = dataclasses.field(repr=False)
     step: engine.Step = dataclasses.field(repr=False)
 
     @property
@@ -294,7 +294,12 @@ class Run(Generic[Output]):
 
     def _encode_pictures(self, pictures: Tensor, generators: tuple[Generator, ...]) -> Tensor:
         latents, notes = decoding.encode(
-            self.pipe.known("vae"), pictures, generators, self.plan.vae_batch, self._at_work
+            self.pipe.known("vae"),
+            pictures,
+            generators,
+            self.plan.vae_batch,
+            self._at_work,
+            in_float32=self.resolved.own_streams,
         )
         self.notes += notes
         return latents.to(self.pipe.device)

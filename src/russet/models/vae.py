@@ -39,12 +39,17 @@ class DiagonalGaussian:
         """The most likely latents."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+    def sample(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Latents drawn at random, by one generator, or by one for each row.
 
-        The noise is float32 from where the generator is, by default the CPU, and then moved: with the same seed it is
-        the same on every device. differs from Diffusers: without a generator that draws on the latents' device, and
-        for half-precision latents in half precision.
+        The noise is drawn in ``dtype`` where the generator is, by default the CPU, and then moved: with the same seed
+        it is the same on every device. differs from Diffusers: without a generator that draws on the latents' device,
+        and for half-precision latents in half precision.
 
         Raises:
             InputError: another number of generators than of rows.
@@ -52,15 +57,15 @@ class DiagonalGaussian:
         if isinstance(generator, Sequence):
             if len(generator) != len(self.mean):
                 raise InputError(f"{len(self.mean)} rows of latents need as many generators, not {len(generator)}")
-            noise = torch.cat([_noise((1, *self.mean.shape[1:]), one) for one in generator])
+            noise = torch.cat([_noise((1, *self.mean.shape[1:]), one, dtype) for one in generator])
         else:
-            noise = _noise(tuple(self.mean.shape), generator)
+            noise = _noise(tuple(self.mean.shape), generator, dtype)
         return self.mean + self.std * noise.to(self.mean.device, self.mean.dtype)
 
 
-def _noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+def _noise(shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
     device = "cpu" if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 class EncoderOutput(NamedTuple):

@@ -131,8 +131,9 @@ class DiffusionPipeline(Switches, SingleFiles):
         Args:
             pretrained_model_name_or_path: a Hub repository ("owner/name"), a local folder in Diffusers form, or
                 "mini", the model that Russet carries.
-            torch_dtype, dtype: the precision of all networks, a ``torch.dtype`` or its name. Left out it is float32
-                on the CPU and half precision on mps and cuda; the result of a call says which was used, and why.
+            torch_dtype, dtype: the precision of all networks, a ``torch.dtype`` or its name. Left out it is half
+                precision on mps and cuda, bfloat16 on a CPU with AMX and float32 on others; the plan in the result of a
+                call says which was used, and why.
             variant: reads ``model.VARIANT.safetensors`` where there is such a file, "fp16" for example.
             revision, cache_dir, token, force_download, local_files_only: as in huggingface_hub.
             use_safetensors: True refuses pickled weights, False prefers them, None takes what is there.

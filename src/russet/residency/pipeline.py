@@ -90,8 +90,8 @@ class MovesNetworks:
     def to(self, *target: str | torch.device | torch.dtype, **named: Any) -> Self:
         """Moves the pipeline to a device, a precision, or both: ``pipe.to("mps")``, ``pipe.to("cuda", torch.float16)``.
 
-        A precision given here or to ``from_pretrained`` is obeyed. Without one it follows the device: float32 on the
-        CPU, half precision on mps and cuda, except where that is known to go wrong.
+        A precision given here or to ``from_pretrained`` is obeyed. Without one it follows the device: half precision on
+        mps and cuda, except where that is known to go wrong, bfloat16 on a CPU with AMX, and float32 on others.
 
         Raises:
             DeviceError: the device is not there.
