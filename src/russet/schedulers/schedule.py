@@ -86,7 +86,7 @@ class Schedule:
 
     @functools.cached_property
     def starts(self) -> tuple[int, ...]:
-        """The index of each step's first call. Heun's method calls the model there once before, at the last step's end."""
+        """The index of each step's first call. Heun's method has called the model there before, where its step ends."""
         last = {id(call): number for number, call in enumerate(self.calls)}
         return tuple(last[id(point)] for point in self.points)
 
