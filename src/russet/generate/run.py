@@ -28,7 +28,7 @@ from russet.errors import InputError
 from russet.families.family import Family
 from russet.generate import callbacks, decoding, engine
 from russet.generate.conditioning import Conditioning
-from russet.generate.deep_cache import DeepCache
+from russet.generate.deep_cache import LEFT_OUT, DeepCache, must_be_whole
 from russet.generate.denoiser import build_denoiser
 from russet.generate.engine import Predict
 from russet.generate.guidance import Guidance
@@ -322,7 +322,12 @@ class Run(Generic[Output]):
 
     def _build(self, conditioning: Conditioning, guidance: Guidance) -> Predict:
         unet, graphs, timesteps = self.pipe.known("unet"), self.pipe.graphs, self.resolved.schedule.timesteps
-        return build_denoiser(unet, conditioning, guidance, self.plan, graphs, self._deep_cache, timesteps)
+        cache = self._deep_cache
+        if cache is not None and must_be_whole(unet):
+            cache = None
+            if LEFT_OUT not in self.notes:  # a denoiser may be built several times
+                self.notes.append(LEFT_OUT)
+        return build_denoiser(unet, conditioning, guidance, self.plan, graphs, cache, timesteps)
 
     def _at_work(self, component: str, precision: Precision | None = None) -> contextlib.AbstractContextManager[Any]:
         return self.pipe.at_work(component, self.plan, precision)
