@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from russet.backends import upsample_heuristics
+from russet.models.footprint import Arithmetic, Walk
 from russet.models.resnet import Upsample2D
-from russet.planning.activations import Arithmetic, Walk
+from russet.passes import upsample_fusion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where conftest.py asks for the interpreter
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
@@ -152,7 +153,7 @@ def test_the_layer_goes_by_the_rule(side, transposed, monkeypatch):
 
 
 def test_the_doubled_map_is_not_predicted_where_there_is_none():
-    how = Arithmetic(width=2, transposed=True)
+    how = Arithmetic(width=2, upsample_workspace=upsample_fusion.workspace)
 
     def peak(side: int, how: Arithmetic, area: int | None = None) -> int:
         walk = Walk(2, how, {})
