@@ -110,7 +110,8 @@ class MovesNetworks:
         except BaseException:
             self._device, self._dtype, self._as_given = before
             if not pending:
-                self._place()
+                with contextlib.suppress(DoesNotFit):  # there neither: the networks are where they were
+                    self._place()
             raise
         return self
 
