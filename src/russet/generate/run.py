@@ -76,6 +76,9 @@ class Workplace(Protocol):
 
     def run_open(self) -> OpenNetworks: ...
 
+    def free_copies(self, component: str) -> None:
+        """Frees what was copied of a network's weights once its part of the run is done."""
+
     def at_work(
         self, component: str, plan: Plan, precision: Precision | None = None
     ) -> contextlib.AbstractContextManager[Any]:
@@ -349,6 +352,7 @@ class Run(Generic[Output]):
         flags = None
         if self.spec.output_type != "latent":
             self.clock.enter("decode")
+            self.pipe.free_copies("unet")
             vae, checker, processor = map(self.pipe.known, ("vae", "safety_checker", "feature_extractor"))
             pixels, notes = decoding.decode(vae, images, self.plan.vae_batch, self._at_work)
             pixels, flags = decoding.check(checker, processor, pixels, self.pipe.dtype, self._at_work)

@@ -63,9 +63,13 @@ class Part:
 
 
 INTERNAL = frozenset(
-    "assemble at_work deep_cache family family_class finite_in geometry graphs index known load_on_access networks output"
-    " parts read_weights requires_safety_checker run_open warmed_up weights_in_memory workload".split()
-)
+    (
+        "assemble", "at_work", "deep_cache", "family", "family_class", "finite_in",
+        "geometry", "graphs", "index", "known", "load_on_access", "networks",
+        "output", "parts", "read_weights", "requires_safety_checker", "run_open", "warmed_up",
+        "weights_in_memory", "workload",
+    )
+)  # fmt: skip
 """Attributes that other parts of Russet use, which ``dir(pipe)`` leaves out: it shows what a user may call."""
 
 
