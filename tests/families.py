@@ -87,7 +87,7 @@ def replanned(plan: Plan, **changes: Any) -> Plan:
 def in_form(found: Plan, network: Model, component: str = "unet") -> contextlib.AbstractContextManager[Any]:
     """``with in_form(plan, unet): …``: the network computes as the plan wants it, where it is."""
     use = residency.Use(component, found, network.device, None)
-    return residency.AtWork(residency.of(network), use)
+    return residency.OnDevice(residency.of(network), use)
 
 
 def answer(found: Plan, unet: Any, sample: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ def test_a_run_that_goes_on_from_a_snapshot_ends_where_it_would_have(name: str, 
             finite_checks="immediate",
             fallbacks=[overflow.Fallback("same again", "float32")],
             build=lambda *_: predict,
-            at_work=lambda *_: contextlib.nullcontext(),
+            on_device=lambda *_: contextlib.nullcontext(),
             trusted=True,
         )
         noise = NoiseSource((torch.Generator().manual_seed(1),), (1, 4, 8, 8), torch.device("cpu"), torch.float32)

@@ -123,7 +123,7 @@ def test_a_network_is_plain_again_when_the_last_run_ends(how: str, own: Any) -> 
     plan, unet = special(own), own.unet
     other = type(own)(**own.components, requires_safety_checker=False)
     outer, inner = other.run_open(), own.run_open()
-    with own.at_work("unet", plan):
+    with own.on_device("unet", plan):
         assert composed(unet)
     assert composed(unet), "between two steps"
     inner.close()
@@ -142,9 +142,9 @@ def test_a_network_is_plain_again_when_the_last_run_ends(how: str, own: Any) -> 
 
 
 def test_without_a_run_the_form_lasts_as_long_as_the_block(own: Any) -> None:
-    with own.at_work("unet", special(own)):
+    with own.on_device("unet", special(own)):
         assert composed(own.unet)
-        with own.at_work("unet", own.plan()):
+        with own.on_device("unet", own.plan()):
             assert not composed(own.unet)
         assert composed(own.unet), "the outer block has its form again"
     assert not composed(own.unet)
@@ -155,7 +155,7 @@ def test_what_a_user_sets_during_a_run_is_not_undone(own: Any) -> None:
         pass
 
     with own.run_open():
-        with own.at_work("unet", special(own)):
+        with own.on_device("unet", special(own)):
             pass
         own.unet.conv_norm_out.__class__ = Mine
         own.vae.enable_tiling(32)
@@ -174,9 +174,9 @@ def test_more_precision_is_a_form_too(own: Any) -> None:
     weight = own.unet.conv_in.weight.clone()
     plan = own.plan()
     with own.run_open():
-        with own.at_work("unet", plan, "float32"):
+        with own.on_device("unet", plan, "float32"):
             assert own.unet.dtype == torch.float32
-        with own.at_work("unet", plan, "attention"):
+        with own.on_device("unet", plan, "attention"):
             assert own.unet.dtype == torch.bfloat16
             assert "upcast" in str(next(m for m in own.unet.modules() if hasattr(m, "to_q")).attention)
     assert torch.equal(own.unet.conv_in.weight, weight)
@@ -185,12 +185,12 @@ def test_more_precision_is_a_form_too(own: Any) -> None:
 def test_an_offloaded_network_stays_until_another_needs_the_device(dropping: Any) -> None:
     plan = dropping.plan()
     with dropping.run_open():
-        with dropping.at_work("unet", plan):
+        with dropping.on_device("unet", plan):
             weight = dropping.known("unet").conv_in.weight
-        with dropping.at_work("unet", plan):
+        with dropping.on_device("unet", plan):
             assert dropping.known("unet").conv_in.weight is weight
         del weight
-        with dropping.at_work("vae", plan):
+        with dropping.on_device("vae", plan):
             assert loaded(dropping) == {"vae"}
     assert loaded(dropping) == set()
 
@@ -200,7 +200,7 @@ def test_entering_again_costs_microseconds(own: Any) -> None:
     with own.run_open():
         for _ in range(50):
             started = time.perf_counter()
-            with own.at_work("unet", plan):
+            with own.on_device("unet", plan):
                 pass
             times.append(time.perf_counter() - started)
     assert sorted(times)[len(times) // 2] < 1e-4
@@ -209,7 +209,7 @@ def test_entering_again_costs_microseconds(own: Any) -> None:
 def test_a_function_is_no_network_that_has_to_be_at_work(own: Any) -> None:
     plan, _ = own.plan(), own.unet
     vars(own)["safety_checker"] = lambda images, clip_input: (images, [False] * len(images))
-    with own.at_work("safety_checker", plan) as nothing:
+    with own.on_device("safety_checker", plan) as nothing:
         assert nothing is None
 
 
@@ -250,7 +250,7 @@ def test_a_network_that_is_compiled_computes_by_plain_operations(own: Any) -> No
     own.unet = torch.compile(unet, backend="eager")
     layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].ff.net[2]
     plan = replanned(own.plan(), onednn_linear=True, winograd=True)
-    with own.run_open(), own.at_work("unet", plan):
+    with own.run_open(), own.on_device("unet", plan):
         assert type(layer) is nn.Linear
     assert not own._request().reloadable
 
@@ -273,7 +273,7 @@ def test_a_network_that_nobody_holds_is_freed(tiny_folder: Path) -> None:
 def test_plans_are_told_apart_by_identity(own: Any) -> None:
     plan = own.plan()
     with own.run_open():
-        with own.at_work("unet", plan) as unet:
+        with own.on_device("unet", plan) as unet:
             before = unet.generation
-        with own.at_work("unet", dataclasses.replace(plan)) as unet:
+        with own.on_device("unet", dataclasses.replace(plan)) as unet:
             assert unet.generation == before, "the same form moves nothing"

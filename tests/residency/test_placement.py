@@ -289,8 +289,8 @@ def test_weights_that_lie_elsewhere_are_arranged_again(own: Any) -> None:
     other = "contiguous" if plan.memory_format == "channels_last" else "channels_last"
     conv = own.unet.conv_out
     for memory_format in (plan.memory_format, other, plan.memory_format):
-        with own.at_work("unet", replanned(plan, memory_format=memory_format)):
+        with own.on_device("unet", replanned(plan, memory_format=memory_format)):
             assert conv.weight.is_contiguous(memory_format=MEMORY_FORMATS[memory_format])
     conv.weight.data = conv.weight.data.contiguous(memory_format=MEMORY_FORMATS[other])
-    with own.at_work("unet", plan):
+    with own.on_device("unet", plan):
         assert conv.weight.is_contiguous(memory_format=MEMORY_FORMATS[plan.memory_format])

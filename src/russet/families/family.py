@@ -48,7 +48,7 @@ class CheckedPrompts(Protocol):
 class TextNetworks(Protocol):
     """The text encoders while a run has them."""
 
-    def at_work(self, component: str) -> AbstractContextManager[Any]:
+    def on_device(self, component: str) -> AbstractContextManager[Any]:
         """The network is on its device, and this run's alone, until the block ends."""
 
     @property

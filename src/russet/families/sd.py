@@ -93,7 +93,7 @@ class StableDiffusion(Family):
         if not texts:
             return ()
         tokenizer, encoder = self.component("tokenizer"), self.component("text_encoder")
-        with networks.at_work("text_encoder"):
+        with networks.on_device("text_encoder"):
             rows = encode_distinct(
                 tokenizer, encoder, texts, last_hidden_state(encoder, clip_skip), clip_skip, networks.text_graphs
             )

@@ -176,7 +176,7 @@ class StableDiffusionXL(Family):
         """[count, N, D] and the pooled text [count, P] of the encoder that has a projection."""
         contexts, pooled = [], None
         for (tokenizer, encoder, name), some in zip(self.encoders, texts, strict=True):
-            with networks.at_work(name):
+            with networks.on_device(name):
                 rows = encode_distinct(
                     tokenizer, encoder, some, penultimate(encoder, clip_skip), clip_skip, networks.text_graphs
                 )

@@ -9,11 +9,11 @@ from torch import Generator, Tensor, nn
 
 from russet.generate import engine, safety
 from russet.generate.overflow import fallbacks, is_finite, is_picture
-from russet.generate.sampling import AtWork
+from russet.generate.sampling import BringToDevice
 from russet.models.autoencoder import Autoencoder
 
 
-def decode(vae: Autoencoder, latents: Tensor, at_once: int, at_work: AtWork) -> tuple[Tensor, list[str]]:
+def decode(vae: Autoencoder, latents: Tensor, at_once: int, on_device: BringToDevice) -> tuple[Tensor, list[str]]:
     """Latents [B, C, h, w] → pixels [B, 3, H, W] in -1..1, ``at_once`` in a call, and notes.
 
     Pixels that are not finite or all black are made again more precisely.
@@ -21,7 +21,7 @@ def decode(vae: Autoencoder, latents: Tensor, at_once: int, at_work: AtWork) -> 
     notes: list[str] = []
     left, precision = fallbacks("vae", vae), None
     while True:
-        with at_work("vae", precision):
+        with on_device("vae", precision):
             pixels = engine.decode(vae, latents, at_once)
         if is_picture(pixels):
             return pixels, notes
@@ -41,7 +41,7 @@ def encode(
     pictures: Tensor,
     generators: tuple[Generator, ...],
     at_once: int,
-    at_work: AtWork,
+    on_device: BringToDevice,
     *,
     in_float32: bool,
 ) -> tuple[Tensor, list[str]]:
@@ -55,7 +55,7 @@ def encode(
     left, precision = fallbacks("vae", vae), None
     states = [generator.get_state() for generator in generators]
     while True:
-        with at_work("vae", precision):
+        with on_device("vae", precision):
             latents = engine.encode(vae, pictures, generators, at_once, in_float32=in_float32)
         if is_finite(latents) or not left:
             return latents, notes
@@ -67,7 +67,7 @@ def encode(
 
 
 def check(
-    checker: Any, processor: Any, pixels: Tensor, dtype: torch.dtype, at_work: AtWork
+    checker: Any, processor: Any, pixels: Tensor, dtype: torch.dtype, on_device: BringToDevice
 ) -> tuple[Tensor, list[bool] | None]:
     """Pixels [B, 3, H, W] as they may be shown, and one flag per picture; None where nothing looked at them.
 
@@ -79,5 +79,5 @@ def check(
         return safety.filtered(checker, processor, pixels, dtype)
     if processor is None:
         return pixels, None
-    with at_work("safety_checker", None):
+    with on_device("safety_checker", None):
         return safety.checked(checker, processor, pixels)  # type: ignore[arg-type]  # one of ours, or compiled

@@ -52,7 +52,7 @@ class Previewed(Protocol):
 
     def plan(self) -> Plan: ...
 
-    def at_work(self, component: str, plan: Plan) -> AbstractContextManager[Any]: ...
+    def on_device(self, component: str, plan: Plan) -> AbstractContextManager[Any]: ...
 
 
 class Previews:
@@ -71,13 +71,13 @@ class Previews:
         if own is None:
             raise InputError("this pipeline has no VAE, whose latents are to be shown: give one, preview(latents, vae)")
         if isinstance(own, AutoencoderTiny):
-            with pipe.at_work("vae", pipe.plan()):
+            with pipe.on_device("vae", pipe.plan()):
                 return to_pil(engine.decode(own, latents.to(pipe.device), len(latents)))
         return to_pil(self._map(pipe, own)(engine.unscaled(own, latents)))
 
     def _map(self, pipe: Previewed, own: Autoencoder) -> LinearMap:
         if self._fitted is None or self._fitted[0] is not own:
-            with pipe.at_work("vae", pipe.plan()):
+            with pipe.on_device("vae", pipe.plan()):
                 self._fitted = own, fitted(own, pipe.device)
         return self._fitted[1]
 

@@ -79,7 +79,7 @@ class Workplace(Protocol):
     def free_copies(self, component: str) -> None:
         """Frees what was copied of a network's weights once its part of the run is done."""
 
-    def at_work(
+    def on_device(
         self, component: str, plan: Plan, precision: Precision | None = None
     ) -> contextlib.AbstractContextManager[Any]:
         """The network is on its device, in the plan's form or a more precise one, until the block ends."""
@@ -301,7 +301,7 @@ class Run(Generic[Output]):
             pictures,
             generators,
             self.plan.vae_batch,
-            self._at_work,
+            self._on_device,
             in_float32=self.resolved.own_streams,
         )
         self.notes += notes
@@ -315,7 +315,7 @@ class Run(Generic[Output]):
             finite_checks=self.plan["finite_checks"],
             fallbacks=fallbacks("unet", self.pipe.known("unet")),
             build=self._build,
-            at_work=self._at_work,
+            on_device=self._on_device,
             trusted=self.pipe.finite_in == self._unet_dtype,
         )
 
@@ -332,16 +332,16 @@ class Run(Generic[Output]):
                 self.notes.append(LEFT_OUT)
         return build_denoiser(unet, conditioning, guidance, self.plan, graphs, cache, timesteps)
 
-    def _at_work(self, component: str, precision: Precision | None = None) -> contextlib.AbstractContextManager[Any]:
-        return self.pipe.at_work(component, self.plan, precision)
+    def _on_device(self, component: str, precision: Precision | None = None) -> contextlib.AbstractContextManager[Any]:
+        return self.pipe.on_device(component, self.plan, precision)
 
     def _warm_up(self, conditioning: Conditioning, start: Tensor) -> None:
         """Calls UNet and VAE once and discards what comes of it."""
-        with self._at_work("unet"):
+        with self._on_device("unet"):
             self._build(conditioning, self.resolved.guidance)(start, self.resolved.schedule.timesteps[0])
         vae = self.pipe.known("vae")
         if vae is not None:
-            with self._at_work("vae"):
+            with self._on_device("vae"):
                 engine.decode(vae, start[: self.plan.vae_batch], self.plan.vae_batch)
         self.pipe.warmed_up = self.pipe.device
 
@@ -354,8 +354,8 @@ class Run(Generic[Output]):
             self.clock.enter("decode")
             self.pipe.free_copies("unet")
             vae, checker, processor = map(self.pipe.known, ("vae", "safety_checker", "feature_extractor"))
-            pixels, notes = decoding.decode(vae, images, self.plan.vae_batch, self._at_work)
-            pixels, flags = decoding.check(checker, processor, pixels, self.pipe.dtype, self._at_work)
+            pixels, notes = decoding.decode(vae, images, self.plan.vae_batch, self._on_device)
+            pixels, flags = decoding.check(checker, processor, pixels, self.pipe.dtype, self._on_device)
             images = as_output(pixels, self.spec.output_type)
             self.notes += notes
         self.clock.pause()
@@ -397,8 +397,8 @@ class _TextNetworks:
     def __init__(self, run: Run[Any]) -> None:
         self._run = run
 
-    def at_work(self, component: str) -> contextlib.AbstractContextManager[Any]:
-        return self._run._at_work(component)
+    def on_device(self, component: str) -> contextlib.AbstractContextManager[Any]:
+        return self._run._on_device(component)
 
     @property
     def text_graphs(self) -> Graphs | None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from russet.backends.mps.frames_in_flight import Pace
+from russet.backends.mps.frames_in_flight import FramesInFlight
 from russet.generate import engine
 from russet.generate.conditioning import Conditioning
 from russet.generate.engine import Predict
@@ -19,7 +19,7 @@ from russet.rng import NoiseSource
 from russet.schedulers.schedule import Passage, Schedule
 
 Build = Callable[[Conditioning, Guidance], Predict]
-AtWork = Callable[[str, "Precision | None"], AbstractContextManager[Any]]
+BringToDevice = Callable[[str, "Precision | None"], AbstractContextManager[Any]]
 """Has a network on its device, in the run's form or a more precise one, until the block ends."""
 
 DAMAGED = "the latents are not finite even in float32: the weights or the inputs must be damaged"
@@ -44,7 +44,7 @@ class DenoisingLoop:
         finite_checks: str,
         fallbacks: Sequence[Fallback],
         build: Build,
-        at_work: AtWork,
+        on_device: BringToDevice,
         trusted: bool,
     ) -> None:
         self.schedule = schedule
@@ -55,7 +55,7 @@ class DenoisingLoop:
         self.trusted = trusted
         self._finite_checks, self._fallbacks = finite_checks, [*fallbacks]
         self._precision: Precision | None = None
-        self._build, self._at_work = build, at_work
+        self._build, self._on_device = build, on_device
         self._denoiser: Predict | None = None
         self._passage: Passage | None = None
 
@@ -65,7 +65,7 @@ class DenoisingLoop:
 
     def close(self) -> None:
         """Frees what the denoiser keeps, as the text's keys and values, and lets go of the run: no step follows."""
-        self._denoiser, self._build, self._at_work = None, _closed, _closed
+        self._denoiser, self._build, self._on_device = None, _closed, _closed
 
     @property
     def latents(self) -> Tensor:
@@ -106,10 +106,10 @@ class DenoisingLoop:
         """The same from a snapshot; returns whether all values were finite."""
         schedule = passage.schedule
         done, first = self.total - len(schedule.timesteps), len(self.schedule.points) - len(schedule.points)
-        pace = Pace(self._finite_checks == "at the end")
+        frames = FramesInFlight(self._finite_checks == "at the end")
         steps = engine.denoise(passage, self._predict, done)
         while not stopped() and (step := next(steps, None)) is not None:
-            pace.step()
+            frames.step()
             yield step
             calls = step.index + 1 - done
             if calls % CHECK_EVERY != 0 or calls not in schedule.starts:
@@ -119,7 +119,7 @@ class DenoisingLoop:
         return monitor.end(passage.latents)
 
     def _predict(self, x: Tensor, t: float) -> Tensor:
-        with self._at_work("unet", self._precision):
+        with self._on_device("unet", self._precision):
             if self._denoiser is None:
                 self._denoiser = self._build(self.conditioning, self.guidance)
             return self._denoiser(x, t)

@@ -64,7 +64,7 @@ class Part:
 
 INTERNAL = frozenset(
     (
-        "assemble", "at_work", "deep_cache", "family", "family_class", "finite_in",
+        "assemble", "on_device", "deep_cache", "family", "family_class", "finite_in",
         "geometry", "graphs", "index", "known", "load_on_access", "networks",
         "output", "parts", "read_weights", "requires_safety_checker", "run_open", "warmed_up",
         "weights_in_memory", "workload",

@@ -4,7 +4,7 @@ Pipelines may share a network, threads and runs may use it at the same time, and
 what all of them go through. While no run is open that uses a network, it is a plain network: modules, classes, hooks,
 attention and tiling are as the user has them, and its weights are where they rest.
 
-Threads take turns: one computes on a device at a time (``AtWork``), and gives others a turn between two steps.
+Threads take turns: one computes on a device at a time (``runs.OnDevice``), and gives others a turn between two steps.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
-from types import TracebackType
+from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -442,7 +441,6 @@ class ManagedNetwork:
 _MANAGED: weakref.WeakKeyDictionary[nn.Module, ManagedNetwork] = weakref.WeakKeyDictionary()
 _VISITORS: weakref.WeakSet[ManagedNetwork] = weakref.WeakSet()  # on a device where they do not rest
 _COPIES: weakref.WeakSet[ManagedNetwork] = weakref.WeakSet()  # that hold copies of weights
-_TURNS: dict[torch.device, threading.RLock] = {}
 _LOCK = threading.RLock()
 
 
@@ -476,61 +474,3 @@ def _visit(managed: ManagedNetwork) -> None:
 def _leave(managed: ManagedNetwork) -> None:
     with _LOCK:
         _VISITORS.discard(managed)
-
-
-def _turn(device: torch.device) -> threading.RLock:
-    found = _TURNS.get(device)
-    return found if found is not None else _TURNS.setdefault(device, threading.RLock())
-
-
-class AtWork:
-    """A block in which a network is ready to work and this thread's alone; see ``MovesNetworks.at_work``."""
-
-    def __init__(self, managed: ManagedNetwork, use: Use, graphs: Graphs | None = None) -> None:
-        self._managed, self._use, self._graphs = managed, use, graphs
-        self._lock = _turn(use.device)
-
-    def __enter__(self) -> ManagedNetwork:
-        self._lock.acquire()
-        try:
-            self._managed.begin(self._use, self._graphs)
-        except BaseException:
-            self._lock.release()
-            raise
-        return self._managed
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._managed.end()
-        finally:
-            self._lock.release()
-
-
-class OpenRun:
-    """A run that uses networks: until ``close``, or until nobody holds this any more, they keep their form."""
-
-    def __init__(self, networks: Iterable[ManagedNetwork]) -> None:
-        run, used = object(), tuple(networks)
-        for managed in used:
-            managed.begin_run(run)
-        self._run, self._used = run, used
-        self._abandoned = weakref.finalize(self, _end_run, run, used, wait=False)
-        self._abandoned.atexit = False
-
-    def close(self) -> None:
-        """The run has ended; does nothing the second time."""
-        if self._abandoned.detach() is not None:
-            _end_run(self._run, self._used, wait=True)
-
-    def __enter__(self) -> OpenRun:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-def _end_run(run: object, networks: tuple[ManagedNetwork, ...], *, wait: bool) -> None:
-    for managed in networks:
-        managed.end_run(run, wait=wait)

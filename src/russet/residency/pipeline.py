@@ -24,7 +24,8 @@ from russet.residency import network as residency
 from russet.residency import weights
 from russet.residency.form import Precision, dtype_name, dtype_named, resting_device
 from russet.residency.kernels import compile_kernels, set_environment
-from russet.residency.network import AtWork, ManagedNetwork, OpenRun, Use
+from russet.residency.network import ManagedNetwork, Use
+from russet.residency.runs import OnDevice, OpenRun
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TRANSIENT = ("graphs", "_plans", "_placing", "_placed_for")  # attributes of a pipeline that no copy has
@@ -264,10 +265,10 @@ class MovesNetworks:
         self._placed_for = None  # another pipeline may have moved networks that are shared since the last run
         return OpenRun(self._managed().values())
 
-    def at_work(
+    def on_device(
         self, component: str, plan: Plan, precision: Precision | None = None
     ) -> contextlib.AbstractContextManager[ManagedNetwork | None]:
-        """``with pipe.at_work("unet", plan): …``: the network is ready to work, in the plan's form and in no other.
+        """``with pipe.on_device("unet", plan): …``: the network is ready to work, in the plan's form and in no other.
 
         The block is this thread's turn on the device, so it should be short (one step) and call no code of the user.
         To enter it again for the next step takes microseconds. Blocks may be nested, also with another form.
@@ -283,7 +284,7 @@ class MovesNetworks:
             return contextlib.nullcontext()
         if self._placed_for is not plan:
             self._make_room(plan)
-        return AtWork(residency.of(network), Use(component, plan, self._device, precision), self.graphs)
+        return OnDevice(residency.of(network), Use(component, plan, self._device, precision), self.graphs)
 
     def free_copies(self, component: str) -> None:
         """Frees what was copied of a network's weights once its part of a run is done.

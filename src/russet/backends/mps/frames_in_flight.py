@@ -11,7 +11,7 @@ POLL = 0.001  # seconds between two questions: a small part of any step that has
 PATIENCE = 600.0  # seconds
 
 
-class Pace:
+class FramesInFlight:
     """Keeps the host one step ahead of an ``mps`` device: it hands a step over, and waits until the one before is done.
 
     Without it the progress bar would be full at once, ``interrupt`` and Ctrl-C would come after all the steps, and
