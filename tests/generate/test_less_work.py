@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ INTERVALS = {"early": (0, 0.4), "late": (0.6, 1), "middle": (0.3, 0.7)}
 
 
 class Count:
-    """What the UNet is asked for while the block lasts: rows of each call, residual blocks before it and in all."""
+    """The UNet's calls while the block lasts: rows of each, residual blocks that ran before it, and those in all."""
 
     def __init__(self, unet: Any) -> None:
         self.unet, self.blocks = unet, 0
@@ -259,6 +260,87 @@ def test_sequential_offload_and_a_cache_draw_the_same_picture(tiny: Any) -> None
     plain = drawn(tiny)
     tiny.enable_sequential_cpu_offload(device="cpu")
     assert np.allclose(plain, drawn(tiny), atol=1e-5)
+
+
+class Wrapper(torch.nn.Module):
+    """Somebody's module around the UNet, which counts its calls."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet, self.calls = unet, 0
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        self.calls += 1
+        return self.unet(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("unet"), name)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["", "with a cache"])
+@pytest.mark.parametrize("offload", [False, True], ids=["", "layer by layer"])
+def test_hooks_on_the_unet_see_every_call(offload: bool, cached: bool, tiny: Any, psnr: Any) -> None:
+    if offload:
+        tiny.enable_sequential_cpu_offload(device="cpu")
+    plain = drawn_pictures(tiny, "a horse", output_type="np")
+    if cached:
+        tiny.enable_deep_cache(2, start=0)
+    steps, seen = len(tiny.scheduler.schedule(4).timesteps), []
+    hooks = [
+        tiny.unet.register_forward_pre_hook(lambda *_: seen.append("before")),
+        tiny.unet.register_forward_hook(lambda *_: seen.append("after")),
+    ]
+    output = tiny("a horse", **{**FAST, "output_type": "np"})
+    assert seen == ["before", "after"] * steps
+    assert psnr(output.images, plain) > 60, "every call is whole"
+    assert any("deep cache" in note for note in output.notes) == cached
+    for hook in hooks:
+        hook.remove()
+    with Count(tiny.unet) as count:
+        output = tiny("a horse", **{**FAST, "output_type": "np"})
+    per_call = sum(isinstance(module, ResnetBlock2D) for module in tiny.unet.modules())
+    assert (count.blocks < steps * per_call) == cached, "the cache works again"
+    assert output.notes == ()
+    assert len(seen) == 2 * steps
+
+
+def test_what_a_hook_makes_of_the_unets_output_is_used_with_a_cache_too(tiny: Any) -> None:
+    tiny.enable_deep_cache(2, start=0)
+    plain = drawn(tiny)
+    hook = tiny.unet.register_forward_hook(lambda unet, given, output: (output[0] * 0.5,))
+    changed = drawn(tiny)
+    tiny.disable_deep_cache()
+    assert np.array_equal(changed, drawn(tiny))
+    hook.remove()
+    assert not np.allclose(changed, plain)
+
+
+@pytest.mark.parametrize("how", ["a module around it", "a forward of its own", "a subclass"])
+def test_a_unet_that_somebody_wrapped_is_called_as_a_whole(
+    how: str, tiny: Any, psnr: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, unet, asked = drawn_pictures(tiny, "a horse", output_type="np"), tiny.unet, []
+    forward = type(unet).forward
+
+    def asking(unet: Any, *given: Any, **named: Any) -> Any:
+        asked.append(1)
+        return forward(unet, *given, **named)
+
+    if how == "a module around it":
+        tiny.unet = Wrapper(unet)
+    elif how == "a forward of its own":
+        monkeypatch.setitem(vars(unet), "forward", functools.partial(asking, unet))
+    else:
+        monkeypatch.setattr(unet, "__class__", type("Somebodys", (type(unet),), {"forward": asking}))
+    tiny.enable_deep_cache(2, start=0)
+    output = tiny("a horse", **{**FAST, "output_type": "np"})
+    calls = tiny.unet.calls if how == "a module around it" else len(asked)
+    assert calls == len(tiny.scheduler.schedule(4).timesteps)
+    assert psnr(output.images, plain) > 60
+    assert any("deep cache" in note for note in output.notes)
 
 
 @pytest.mark.cpu_half

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,56 @@ import russet
 from russet.generate import overflow
 from russet.generate.conditioning import Conditioning
 from russet.generate.guidance import Guidance
+from russet.generate.sampling import DenoisingLoop
+from russet.rng import NoiseSource
 
 pytestmark = pytest.mark.cpu_half
 
 LIMIT = 65504.0  # the largest float16
 FAST = {"num_inference_steps": 7, "output_type": "np", "seed": 1}
+
+
+def wavy(x: torch.Tensor, t: float) -> torch.Tensor:
+    return torch.sin(x * 1.3 + t / 300) * 0.8 + x * 0.3
+
+
+@pytest.mark.parametrize("broken", range(0, 24, 3))
+@pytest.mark.parametrize("name", ["Euler", "EulerAncestral", "Heun", "KDPM2", "Restart", "DDIM"])
+def test_a_run_that_goes_on_from_a_snapshot_ends_where_it_would_have(name: str, broken: int) -> None:
+    """Of solvers that remember no earlier step, whatever call the overflow is found in."""
+    cls = getattr(
+        russet, "DDIMScheduler" if name == "DDIM" else f"{name}{'' if name == 'Restart' else 'Discrete'}Scheduler"
+    )
+    schedule = cls(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").schedule(24)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * schedule.init_noise_sigma
+
+    def latents(breaks: bool) -> tuple[torch.Tensor, list[float]]:
+        asked: list[float] = []
+
+        def predict(x: torch.Tensor, t: float) -> torch.Tensor:
+            asked.append(t)
+            return wavy(x, t) * (float("nan") if breaks and len(asked) == broken + 1 else 1)
+
+        loop = DenoisingLoop(
+            schedule,
+            Conditioning({"encoder_hidden_states": torch.zeros(1, 1, 1)}),
+            Guidance(1.0),
+            finite_checks="immediate",
+            fallbacks=[overflow.Fallback("same again", "float32")],
+            build=lambda *_: predict,
+            at_work=lambda *_: contextlib.nullcontext(),
+            trusted=True,
+        )
+        noise = NoiseSource((torch.Generator().manual_seed(1),), (1, 4, 8, 8), torch.device("cpu"), torch.float32)
+        steps = [step.index for step in loop.steps(noise, start, lambda: False)]
+        assert steps[-1] == loop.total - 1
+        return loop.latents, asked
+
+    wanted, calls = latents(breaks=False)
+    found, asked = latents(breaks=True)
+    assert torch.equal(found, wanted)
+    assert calls == list(schedule.timesteps)
+    assert 0 < len(asked) - len(calls) < 20, "only the calls since the last snapshot are made again"
 
 
 @pytest.fixture

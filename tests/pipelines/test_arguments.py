@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from russet.errors import ArgumentTypeError, InputError, UnsupportedArgument
+from russet.pipelines.base import INTERNAL
 
 NAN = float("nan")
 ONE = torch.zeros(1, 77, 32)
@@ -136,3 +137,10 @@ def test_an_error_is_also_the_built_in_one_that_programs_catch(tiny: Any) -> Non
         tiny("a horse", height=60)
     with pytest.raises(TypeError, match="num_steps"):
         tiny("a horse", num_steps=3)
+
+
+def test_dir_shows_what_a_user_may_call(shared_mini: Any) -> None:
+    shown = {name for name in dir(shared_mini) if not name.startswith("_")}
+    assert {"unet", "vae", "scheduler", "to", "plan", "start", "from_pretrained", "enable_deep_cache"} <= shown
+    assert not INTERNAL & shown
+    assert all(hasattr(shared_mini, name) for name in INTERNAL)  # none is listed that is gone

@@ -260,6 +260,18 @@ def test_a_model_that_could_not_draw_on_the_cpu_still_loads(tiny_folder: Path, m
         pipe("a horse", **FAST)
 
 
+def test_where_neither_the_new_place_nor_the_old_one_has_room_the_error_is_about_the_new_one(
+    own: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.to("cpu")
+    small = dataclasses.replace(read_facts("cpu"), memory=10**5, available=10**5, ram=10**5, held=0)
+    monkeypatch.setattr("russet.residency.pipeline.read_facts", lambda device=None, weights=0: small)
+    with pytest.raises(DoesNotFit) as found:
+        own.to("cpu", torch.bfloat16)
+    assert found.value.__context__ is None
+    assert own.unet.dtype == torch.float32
+
+
 def test_a_module_that_was_put_in_attends_as_the_plan_wants(own: Any) -> None:
     own.enable_attention_slicing("max")
     wanted = form_of("unet", own.plan(), own.device).attention

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from russet.rng import Noise
 from russet.schedulers import named
+from russet.schedulers.noise_levels import Point
+from russet.schedulers.schedule import unit_variance
 
 from .loops import SD, normal, protocol, relative, wavy
 
@@ -160,6 +164,38 @@ def test_where_both_differ_diffusers_misses_the_image_that_the_true_noise_leads_
         missed.append(relative(x, image))
     assert missed[0] < CLOSE
     assert missed[1] > 10 * CLOSE
+
+
+@pytest.mark.parametrize("begin", [2, 3, 7, 19])
+def test_plms_differs_in_the_middle_since_diffusers_takes_latents_for_those_of_the_next_timestep(begin: int) -> None:
+    """It skips entries of a list in which one timestep comes twice, so model and solver are one entry ahead."""
+    theirs, ours = diffusers.PNDMScheduler(**SD, **SKIP), named.PNDMScheduler(**SD, **SKIP)
+    theirs.set_timesteps(20)
+    found = start = normal(3)
+    for t in theirs.timesteps[begin:]:
+        found = theirs.step(wavy(found, t), t, found).prev_sample
+
+    points = [*(schedule := ours.schedule(20)).points, schedule.end]
+    assert float(theirs.timesteps[begin]) == points[begin - 1].t, "it also starts one step earlier"
+
+    def noise(x: Tensor, at: Point) -> Tensor:
+        return wavy(unit_variance(x, at.sigma), at.t)
+
+    a, b = points[begin - 1 : begin + 1]
+    x, eps = start * (1 + a.sigma**2) ** 0.5, [wavy(start, a.t)]  # x = x0 + sigma * eps
+    predicted = x + eps[0] * (b.sigma - a.sigma)
+    x = x + (eps[0] + noise(predicted, b)) / 2 * (b.sigma - a.sigma)  # Heun's method, as it should be
+    for c, d in itertools.pairwise(points[begin + 1 :]):  # and these latents are at b
+        x, b = unit_variance(x, b.sigma) * (1 + c.sigma**2) ** 0.5, d
+        eps = [noise(x, c), *eps][:4]
+        weights = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+        x = x + sum(w * e for w, e in zip(weights[len(eps) - 1], eps, strict=True)) * (d.sigma - c.sigma)
+    assert relative(unit_variance(x, b.sigma), found) < CLOSE
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 15, 30, 333])
+def test_plms_equals_diffusers_whatever_the_number_of_steps(steps: int) -> None:
+    assert_same(*both("PNDMScheduler", SKIP), steps)
 
 
 @pytest.mark.parametrize("steps", [4, 5, 20, 50])

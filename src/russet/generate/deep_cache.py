@@ -9,10 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from russet.generate.engine import Predict
 from russet.models.unet import UNet2DConditionModel
+from russet.residency.streaming import is_streaming
+
+LEFT_OUT = (
+    "the deep cache was left out: somebody has hooked, wrapped or compiled the UNet, so every call of it is a whole one"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,14 @@ class DeepCall(Protocol):
     def __call__(
         self, x: Tensor, t: float, deep_branch: int | None = None, deep_map: Tensor | None = None
     ) -> tuple[Tensor, ...]: ...
+
+
+def must_be_whole(unet: nn.Module) -> bool:
+    """Whether a call of a UNet is more than its stages: somebody has hooked, wrapped, compiled or subclassed it."""
+    own, hooks = vars(unet), (*unet._forward_pre_hooks.values(), *unet._forward_hooks.values())
+    if "forward" in own or own.get("_compiled_call_impl") is not None or not all(map(is_streaming, hooks)):
+        return True
+    return getattr(type(unet), "forward", None) is not UNet2DConditionModel.forward
 
 
 def from_deep_map(

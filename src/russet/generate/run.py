@@ -28,7 +28,7 @@ from russet.errors import InputError
 from russet.families.family import Family
 from russet.generate import callbacks, decoding, engine
 from russet.generate.conditioning import Conditioning
-from russet.generate.deep_cache import DeepCache
+from russet.generate.deep_cache import LEFT_OUT, DeepCache, must_be_whole
 from russet.generate.denoiser import build_denoiser
 from russet.generate.engine import Predict
 from russet.generate.guidance import Guidance
@@ -75,6 +75,9 @@ class Workplace(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def run_open(self) -> OpenNetworks: ...
+
+    def free_copies(self, component: str) -> None:
+        """Frees what was copied of a network's weights once its part of the run is done."""
 
     def at_work(
         self, component: str, plan: Plan, precision: Precision | None = None
@@ -322,7 +325,12 @@ class Run(Generic[Output]):
 
     def _build(self, conditioning: Conditioning, guidance: Guidance) -> Predict:
         unet, graphs, timesteps = self.pipe.known("unet"), self.pipe.graphs, self.resolved.schedule.timesteps
-        return build_denoiser(unet, conditioning, guidance, self.plan, graphs, self._deep_cache, timesteps)
+        cache = self._deep_cache
+        if cache is not None and must_be_whole(unet):
+            cache = None
+            if LEFT_OUT not in self.notes:  # a denoiser may be built several times
+                self.notes.append(LEFT_OUT)
+        return build_denoiser(unet, conditioning, guidance, self.plan, graphs, cache, timesteps)
 
     def _at_work(self, component: str, precision: Precision | None = None) -> contextlib.AbstractContextManager[Any]:
         return self.pipe.at_work(component, self.plan, precision)
@@ -344,6 +352,7 @@ class Run(Generic[Output]):
         flags = None
         if self.spec.output_type != "latent":
             self.clock.enter("decode")
+            self.pipe.free_copies("unet")
             vae, checker, processor = map(self.pipe.known, ("vae", "safety_checker", "feature_extractor"))
             pixels, notes = decoding.decode(vae, images, self.plan.vae_batch, self._at_work)
             pixels, flags = decoding.check(checker, processor, pixels, self.pipe.dtype, self._at_work)

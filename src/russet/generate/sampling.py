@@ -104,15 +104,17 @@ class DenoisingLoop:
         self, passage: Passage, monitor: FiniteMonitor, noise: NoiseSource, stopped: Callable[[], bool]
     ) -> Generator[engine.Step, None, bool]:
         """The same from a snapshot; returns whether all values were finite."""
-        done = self.total - len(passage.schedule.timesteps)
-        pace, points = Pace(self._finite_checks == "at the end"), self.schedule.points
+        schedule = passage.schedule
+        done, first = self.total - len(schedule.timesteps), len(self.schedule.points) - len(schedule.points)
+        pace = Pace(self._finite_checks == "at the end")
         steps = engine.denoise(passage, self._predict, done)
         while not stopped() and (step := next(steps, None)) is not None:
             pace.step()
             yield step
-            if (step.index + 1 - done) % CHECK_EVERY != 0 or passage.point not in points:
+            calls = step.index + 1 - done
+            if calls % CHECK_EVERY != 0 or calls not in schedule.starts:
                 continue
-            if not monitor.check(self._snapshot(points.index(passage.point), passage.latents, noise)):
+            if not monitor.check(self._snapshot(first + schedule.starts.index(calls), passage.latents, noise)):
                 return False
         return monitor.end(passage.latents)
 

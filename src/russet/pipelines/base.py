@@ -62,6 +62,17 @@ class Part:
         return (self.kind, *self.others)
 
 
+INTERNAL = frozenset(
+    (
+        "assemble", "at_work", "deep_cache", "family", "family_class", "finite_in",
+        "geometry", "graphs", "index", "known", "load_on_access", "networks",
+        "output", "parts", "read_weights", "requires_safety_checker", "run_open", "warmed_up",
+        "weights_in_memory", "workload",
+    )
+)  # fmt: skip
+"""Attributes that other parts of Russet use, which ``dir(pipe)`` leaves out: it shows what a user may call."""
+
+
 class DiffusionPipeline(Switches, SingleFiles):
     """Base of all pipelines. ``DiffusionPipeline.from_pretrained`` returns the pipeline that the checkpoint names.
 
@@ -96,6 +107,9 @@ class DiffusionPipeline(Switches, SingleFiles):
         raise InputError(
             f"{type(self).__name__} makes no pictures itself; use a pipeline such as StableDiffusionPipeline"
         )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__()} - INTERNAL)
 
     # -- where components come from and go to
 

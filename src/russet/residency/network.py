@@ -408,12 +408,12 @@ class ManagedNetwork:
             self._move(CPU if value is None else value.device, own)
 
     def free_copies(self) -> None:
-        """Frees copies of weights while another network works, which may take all memory; a plain network until then.
+        """Frees copies of weights where other networks are to work, which may take all memory; nothing without copies.
 
         They are made again in a few milliseconds: once a run, where a network works again after another one.
         """
         with self._transition():
-            if not self._uses:
+            if not self._uses and self._applied is not None and self._applied.copied:
                 self._end_form()
 
     def _finish(self) -> None:

@@ -110,7 +110,8 @@ class MovesNetworks:
         except BaseException:
             self._device, self._dtype, self._as_given = before
             if not pending:
-                self._place()
+                with contextlib.suppress(DoesNotFit):  # there neither: the networks are where they were
+                    self._place()
             raise
         return self
 
@@ -283,6 +284,16 @@ class MovesNetworks:
         if self._placed_for is not plan:
             self._make_room(plan)
         return AtWork(residency.of(network), Use(component, plan, self._device, precision), self.graphs)
+
+    def free_copies(self, component: str) -> None:
+        """Frees what was copied of a network's weights once its part of a run is done.
+
+        Networks that begin to work do so for others, but one that has worked in the run before, as the VAE has that
+        encoded a picture, only goes on.
+        """
+        network = vars(self).get(component)
+        if isinstance(network, nn.Module):
+            residency.of(network).free_copies()
 
 
 def read_target(target: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:

@@ -53,6 +53,11 @@ class Streaming:
         return tuple(arg.to(self._device) if isinstance(arg, Tensor) else arg for arg in args)
 
 
+def is_streaming(hook: Any) -> bool:
+    """Whether a hook is one of these, and not the user's."""
+    return isinstance(getattr(hook, "__self__", None), Streaming)
+
+
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a layer holds itself, without those of its children."""
     return {name: p for name, p in layer._parameters.items() if p is not None}

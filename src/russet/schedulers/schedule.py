@@ -84,6 +84,12 @@ class Schedule:
                 _, point = steps.send((zero, zero))
         return tuple(found)
 
+    @functools.cached_property
+    def starts(self) -> tuple[int, ...]:
+        """The index of each step's first call. Heun's method has called the model there before, where its step ends."""
+        last = {id(call): number for number, call in enumerate(self.calls)}
+        return tuple(last[id(point)] for point in self.points)
+
     @property
     def timesteps(self) -> tuple[float, ...]:
         """The timestep of each model call."""

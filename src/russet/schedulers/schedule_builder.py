@@ -120,8 +120,7 @@ class ScheduleBuilder(Component):
 
     def starts(self, schedule: Schedule) -> list[int]:
         """The indices of the calls at which a step starts, and so can a passage. Others are inside a step."""
-        last = {id(call): number for number, call in enumerate(schedule.calls)}
-        return [last[id(point)] for point in schedule.points]
+        return list(schedule.starts)
 
     def from_call(self, schedule: Schedule, call: int) -> Schedule:
         """The schedule whose calls are those of ``schedule`` from ``call`` on."""

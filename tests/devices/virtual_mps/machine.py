@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from russet.hardware import facts as system
+from russet.hardware import facts
 
 from . import rules
 from .account import Account, Counts
@@ -160,6 +160,6 @@ class VirtualMac:
 
 def forget_the_host() -> None:
     """Has what Russet reads once of a machine read again."""
-    for function in vars(system).values():
+    for function in vars(facts).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
