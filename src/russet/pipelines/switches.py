@@ -62,7 +62,7 @@ class Switches(MovesNetworks):
         self._choose(fast_paths=None)
 
     def disable_fast_paths(self) -> None:
-        """Computes without optimisations of networks, by PyTorch's own operations: to find the cause of a difference."""
+        """Computes without optimisations of networks, by PyTorch's own operations: to find what causes a difference."""
         self._choose(fast_paths=False)
 
     def enable_deep_cache(self, interval: int = 2, branch: int = 0, start: float = 0.4) -> None:
