@@ -158,7 +158,7 @@ def named(values: Sequence[Any], measure: Callable[..., Found]) -> dict[str, Fou
 
 def measured(model: Model) -> dict[str, dict[str, Found]]:
     """Title → what each setting gives."""
-    both = {"0, 0.95 and 2, 0, 0.4": model.cached(2, 0, 0.4, guidance_interval=(0, 0.95))}
+    both = {"0, 0.95 and deep cache 2, 0, 0.4": model.cached(2, 0, 0.4, guidance_interval=(0, 0.95))}
     return {
         "fewer steps": named(STEPS, lambda steps: model.compare(num_inference_steps=steps)),
         "guidance interval": named(INTERVALS, lambda interval: model.compare(guidance_interval=interval)),

@@ -18,6 +18,7 @@ from PIL import Image
 from russet import StableDiffusionPipeline
 from russet.cli import app as cli
 from russet.cli.app import run
+from russet.planning.plan_types import MEANING
 
 ROOT = Path(__file__).parent.parent
 ENGLISH = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
@@ -117,6 +118,15 @@ def test_the_guide_lists_every_argument_of_a_call():
     arguments = set(inspect.signature(StableDiffusionPipeline.__call__).parameters) - {"self", "others"}
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/en/guide.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == arguments
+
+
+def test_the_page_on_devices_lists_every_decision_of_a_plan():
+    text = (ROOT / "docs/en/devices.md").read_text(encoding="utf-8")
+    table = text.partition("## Decisions")[2].partition("\n## ")[0]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    assert {name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)} == {
+        re.sub(r"\..*", ".…", name) for name in MEANING
+    }
 
 
 def test_every_korean_page_has_an_english_one():

@@ -58,11 +58,11 @@ class Switches(MovesNetworks):
         self._choose(vae_tiling=False)
 
     def enable_fast_paths(self) -> None:
-        """Leaves it to the plan again which fused kernels, recordings and joined products are used: the default."""
+        """Lets the plan choose optimisations of networks again: the default."""
         self._choose(fast_paths=None)
 
     def disable_fast_paths(self) -> None:
-        """Computes by PyTorch's own operations alone, one after another: to find out where a difference comes from."""
+        """Computes without optimisations of networks, by PyTorch's own operations: to find what causes a difference."""
         self._choose(fast_paths=False)
 
     def enable_deep_cache(self, interval: int = 2, branch: int = 0, start: float = 0.4) -> None:
