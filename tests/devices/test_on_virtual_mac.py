@@ -344,6 +344,25 @@ def test_offload_gives_the_same_picture_with_fewer_bytes_at_once(kind_of_offload
     assert left < everything.start / 10
 
 
+def test_with_sequential_offload_a_hook_sees_every_call_and_without_one_the_deep_cache_works():
+    seen: list[str] = []
+    wanted = picture(mini(torch.float32), steps=4)
+    with VirtualMac() as mac:
+        pipe = mini(torch.float32)
+        pipe.enable_deep_cache(2, start=0)
+        pipe.enable_sequential_cpu_offload(device="mps")
+        with mac.measure() as cached:
+            output = pipe("a red apple", 64, 64, num_inference_steps=4, seed=7, output_type="np")
+        assert output.notes == (), "the hooks that bring layers to the device are not the user's"
+        pipe.unet.register_forward_hook(lambda unet, given, result: seen.append(result[0].device.type))
+        with mac.measure() as hooked:
+            found = picture(pipe, steps=4)
+    assert psnr(output.images, wanted) < 60
+    assert psnr(found, wanted) > 60
+    assert seen == ["mps"] * len(pipe.scheduler.schedule(4).timesteps)
+    assert cached.kernel_count < hooked.kernel_count
+
+
 # -- Stable Diffusion 1.5 at full size, on shapes alone
 
 
