@@ -1,8 +1,6 @@
 """Weight prepacking on a CPU: weights in bfloat16 are laid out once as its matrix units read them, not in every call.
 
-oneDNN multiplies blocks of weights whose order depends on the CPU, and reorders a plain weight in every call. On a Xeon
-with AMX, two threads, torch 2.11, a guided step of Stable Diffusion 1.5 in bfloat16 takes 0.90 of the time with weights
-laid out before: single linear layers take 0.38 to 0.86, 3×3 convolutions 0.67 to 0.99.
+oneDNN multiplies blocks of weights whose order depends on the CPU, and reorders a plain weight in every call.
 """
 
 from __future__ import annotations

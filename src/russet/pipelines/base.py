@@ -140,7 +140,7 @@ class DiffusionPipeline(Switches, SingleFiles):
                 call says which was used, and why.
             variant: reads ``model.VARIANT.safetensors`` where there is such a file, "fp16" for example.
             revision, cache_dir, token, force_download, local_files_only: as in huggingface_hub.
-            use_safetensors: True refuses pickled weights, False prefers them, None takes what is there.
+            use_safetensors: True takes safetensors files alone, False pickled ones alone, None what is there.
             requires_safety_checker: whether a missing safety checker is worth a warning; left out, as the folder says.
             **components: used in place of the checkpoint's own (``vae=…``, ``scheduler=…``); None leaves one out
                 (``safety_checker=None``).
