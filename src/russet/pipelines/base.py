@@ -16,6 +16,7 @@ from typing_extensions import Self
 from russet import validation
 from russet.checkpoints import load
 from russet.errors import ArgumentTypeError, DoesNotFit, InputError
+from russet.pipelines.registry import pipeline_class
 from russet.pipelines.single_files import SingleFiles
 from russet.pipelines.switches import Switches
 from russet.residency import network as residency
@@ -179,8 +180,6 @@ class DiffusionPipeline(Switches, SingleFiles):
         requires_safety_checker: bool | None = None,
     ) -> Self:
         """Makes the pipeline out of what was read. ``given`` are the components that the caller brought along."""
-        from russet.pipelines.registry import pipeline_class
-
         kind = pipeline_class(loaded.class_name) if cls is DiffusionPipeline else cls
         check_components(f"{loaded.source} ({kind.__name__})", kind.parts, loaded.components)
         if requires_safety_checker is None:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from russet.errors import ConfigError
-from russet.pipelines.base import DiffusionPipeline
-from russet.pipelines.latent_consistency import LatentConsistencyModelPipeline
-from russet.pipelines.stable_diffusion import StableDiffusionPipeline
-from russet.pipelines.stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
-from russet.pipelines.stable_diffusion_xl import StableDiffusionXLPipeline
-from russet.pipelines.stable_diffusion_xl_img2img import StableDiffusionXLImg2ImgPipeline
 
-PIPELINES: dict[str, type[DiffusionPipeline]] = {
-    "LatentConsistencyModelPipeline": LatentConsistencyModelPipeline,
-    "StableDiffusionImg2ImgPipeline": StableDiffusionImg2ImgPipeline,
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLImg2ImgPipeline": StableDiffusionXLImg2ImgPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+PIPELINES = {
+    "LatentConsistencyModelPipeline": "russet.pipelines.latent_consistency",
+    "StableDiffusionImg2ImgPipeline": "russet.pipelines.stable_diffusion_img2img",
+    "StableDiffusionPipeline": "russet.pipelines.stable_diffusion",
+    "StableDiffusionXLImg2ImgPipeline": "russet.pipelines.stable_diffusion_xl_img2img",
+    "StableDiffusionXLPipeline": "russet.pipelines.stable_diffusion_xl",
 }
+"""Class name → its module, which is imported when a checkpoint asks for it: the classes build on what reads this."""
 
 
-def pipeline_class(name: str) -> type[DiffusionPipeline]:
-    """The pipeline that a ``model_index.json`` names.
+def pipeline_class(name: str) -> Any:
+    """The class of the pipeline that a ``model_index.json`` names.
 
     Raises:
         ConfigError: Russet has no such pipeline.
@@ -30,4 +28,4 @@ def pipeline_class(name: str) -> type[DiffusionPipeline]:
             f"model_index.json asks for a {name}, which Russet does not have; it has {', '.join(PIPELINES)}. "
             "Load it as one of those by calling from_pretrained on that class"
         )
-    return PIPELINES[name]
+    return getattr(importlib.import_module(PIPELINES[name]), name)

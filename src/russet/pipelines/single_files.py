@@ -11,18 +11,17 @@ from typing_extensions import Self
 
 from russet.checkpoints import load
 from russet.errors import CheckpointError
+from russet.pipelines.registry import PIPELINES, pipeline_class
 
 if TYPE_CHECKING:
     import torch
-
-    from russet.pipelines.base import Part
 
 
 class SingleFiles:
     """The part of a pipeline that reads and writes files which hold a whole model, as other programs do."""
 
     if TYPE_CHECKING:  # what the pipeline brings
-        parts: ClassVar[Mapping[str, Part]]
+        parts: ClassVar[Mapping[str, Any]]
         assemble: ClassVar[Callable[..., Any]]
 
         def _components(self) -> dict[str, Any]: ...
@@ -96,14 +95,13 @@ class SingleFiles:
     @classmethod
     def _accepted(cls, name: str) -> Collection[str]:
         """The components of this pipeline, or where this is the base of all, of the one that a file is for."""
-        from russet.pipelines.registry import PIPELINES
-
         if not cls.parts and name not in PIPELINES:
             raise CheckpointError(
                 f"the file is for a {name}, which Russet does not have; its networks can be loaded by themselves, "
                 "with the from_single_file of their classes"
             )
-        return cls.parts or PIPELINES[name].parts
+        accepted: Collection[str] = cls.parts or pipeline_class(name).parts
+        return accepted
 
     def save_single_file(self, path: str | os.PathLike[str]) -> None:
         """Writes UNet, VAE and text encoders into one .safetensors file that other programs read.
