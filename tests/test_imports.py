@@ -47,9 +47,6 @@ ALLOWED |= {
     "__main__": {"cli"},
 }
 
-CALL_TIME = {("component", "checkpoints")}
-"""The one import upward: ``Component.from_pretrained`` reads files when it is called."""
-
 NEVER = ("diffusers", "transformers", "accelerate", "typer", "rich")
 HEAVY = ("torch", "numpy", "PIL", "tokenizers", "safetensors", "huggingface_hub", "tqdm", "psutil")
 
@@ -85,18 +82,25 @@ def test_parts_import_in_one_direction():
         f"{path} imports {name}"
         for path, tree in trees()
         for name in imports(tree)
-        if name.split(".")[0] == "russet"
-        and target(name) not in ALLOWED[part(path)] | {part(path)}
-        and (part(path), target(name)) not in CALL_TIME
+        if name.split(".")[0] == "russet" and target(name) not in ALLOWED[part(path)] | {part(path)}
     ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_the_call_upward_is_made_at_call_time():
-    for path, tree in trees():
-        for upper in [upper for lower, upper in CALL_TIME if lower == part(path)]:
-            top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-            assert upper not in map(target, imports(top))
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports within functions and for type checkers included."""
+    files = {
+        ".".join(("russet", *path.with_suffix("").parts)).removesuffix(".__init__"): tree for path, tree in trees()
+    }
+    graph = {
+        name: {one if one in files else one.rpartition(".")[0] for one in imports(tree)} & files.keys() - {name}
+        for name, tree in files.items()
+    }
+    left = dict(graph)
+    while free := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, {name: sorted(imported & left.keys()) for name, imported in left.items()}
 
 
 def test_what_is_never_a_dependency_is_never_imported():

@@ -1,11 +1,12 @@
 """What every configured part of a pipeline can do: be made from a config, read from a folder, written to one.
 
-Networks and schedulers know no file. Yet ``AutoencoderKL.from_pretrained(…)`` is public API, so this module holds the
-one call that goes upward, to ``russet.checkpoints``, made when it is needed and never at import.
+Networks and schedulers know no file. Yet ``AutoencoderKL.from_pretrained(…)`` is public API, so this module finds what
+reads and writes them by name, in ``russet.checkpoints``, when it is called.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -35,19 +36,19 @@ class Component:
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **options: Any) -> Self:
         """Reads the component from a folder or a Hub repository; see ``russet.checkpoints.load.component``."""
-        from russet.checkpoints import load
-
-        return load.component(cls, source, **options)
+        component: Self = _checkpoints("load").component(cls, source, **options)
+        return component
 
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **options: Any) -> Self:
         """Reads a network out of a single file; see ``russet.checkpoints.single_file.component.component``."""
-        from russet.checkpoints.single_file import component
-
-        return component.component(cls, source, **options)
+        component: Self = _checkpoints("single_file.component").component(cls, source, **options)
+        return component
 
     def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes the component into a folder in Diffusers form; see ``russet.checkpoints.save.component``."""
-        from russet.checkpoints import save
+        _checkpoints("save").component(self, folder, **options)
 
-        save.component(self, folder, **options)
+
+def _checkpoints(name: str) -> Any:
+    return importlib.import_module(f"russet.checkpoints.{name}")
