@@ -66,13 +66,11 @@ def decode(vae: Autoencoder, latents: Tensor, at_once: int) -> Tensor:
 
 
 def encode(vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...], at_once: int) -> Tensor:
-    """Pictures [B, 3, H, W] in -1..1 → latents [B, C, h, w] as the denoiser takes them, float32.
+    """Pictures [B, 3, H, W] in -1..1, where the VAE computes → latents [B, C, h, w] as the denoiser takes them, float32.
 
     ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none.
     """
-    outputs = [
-        vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.device, vae.dtype), at_once)
-    ]
+    outputs = [vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.dtype), at_once)]
     if isinstance(outputs[0], Tensor):  # a tiny autoencoder gives latents
         return scaled(vae, torch.cat(outputs))
     moments = torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in outputs])
