@@ -66,8 +66,9 @@ def decode(vae: Autoencoder, latents: Tensor, at_once: int) -> Tensor:
 
 
 def encode(vae: Autoencoder, pictures: Tensor, generators: tuple[Generator, ...], at_once: int) -> Tensor:
-    """Pictures [B, 3, H, W] in -1..1, where the VAE computes → latents [B, C, h, w] as the denoiser takes them, float32.
+    """Pictures [B, 3, H, W] in -1..1 → latents [B, C, h, w] as the denoiser takes them, float32.
 
+    pictures: on the device where the VAE computes, which is not where its weights are if they are streamed.
     ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none.
     """
     outputs = [vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.dtype), at_once)]
