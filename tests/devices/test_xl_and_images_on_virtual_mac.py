@@ -103,22 +103,35 @@ def test_xl_in_half_precision_makes_the_cpus_picture(name: str, kind: str, psnr:
     assert np.asarray(expected).std() > 0.01, "a picture without anything in it would be the same anyhow"
 
 
+def drawn_over(pipe: Any) -> Any:
+    """What is made of the photo by a pipeline of the embedded model."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a red apple", image=photo(), strength=0.6, num_inference_steps=5, seed=3, output_type="np")
+
+
+def image_to_image(dtype: torch.dtype) -> Any:
+    return russet.StableDiffusionImg2ImgPipeline.from_pretrained("mini", torch_dtype=dtype)
+
+
 @pytest.mark.parametrize("name", MACS)
 def test_a_picture_of_a_picture_in_half_precision_is_the_cpus(name: str, psnr: Any) -> None:
     skip_without_torch_2()
-
-    def made(pipe: Any) -> Any:
-        pipe.set_progress_bar_config(disable=True)
-        return pipe("a red apple", image=photo(), strength=0.6, num_inference_steps=5, seed=3, output_type="np")
-
-    def opened(dtype: torch.dtype) -> Any:
-        return russet.StableDiffusionImg2ImgPipeline.from_pretrained("mini", torch_dtype=dtype)
-
-    expected = made(opened(torch.float32)).images
+    expected = drawn_over(image_to_image(torch.float32)).images
     with VirtualMac(**MACS[name]):
-        found = made(opened(torch.float16).to("mps"))
+        found = drawn_over(image_to_image(torch.float16).to("mps"))
     assert not found.notes
     assert psnr(found.images, expected) > 40
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_pictures_go_to_the_device_where_weights_are_offloaded_too(offload: str, psnr: Any) -> None:
+    skip_without_torch_2()
+    expected = drawn_over(image_to_image(torch.float32)).images
+    with VirtualMac():
+        pipe = image_to_image(torch.float32)
+        getattr(pipe, f"enable_{offload}_cpu_offload")(device="mps")
+        found = drawn_over(pipe).images
+    assert psnr(found, expected) > 90
 
 
 # -- at full size, on shapes alone

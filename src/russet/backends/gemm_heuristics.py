@@ -1,6 +1,7 @@
 """From which sizes on matrix products do more than multiply: what computes goes by it, and what predicts memory.
 
-Products that gate what they make are in ``backends/triton/geglu.py``, those that take a sum in in ``models/sums.py``.
+Products that gate what they make are in ``backends/triton/geglu.py``, those that add to a sum
+in ``passes/residual_fusion.py``.
 """
 
 from __future__ import annotations

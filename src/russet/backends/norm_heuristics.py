@@ -1,6 +1,6 @@
 """What of a norm depends on the size of its map: what computes goes by it, and what predicts memory.
 
-A composed norm, in ``models/norms.py``, has two ways: few operations and two float32 maps, or many operations and one.
+A composed norm, in ``backends/layers.py``, has two ways: few operations and two float32 maps, or many and one.
 The kernels of ``backends/triton/group_norm.py`` sum up a map in parts.
 """
 

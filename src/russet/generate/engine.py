@@ -70,12 +70,11 @@ def encode(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in -1..1 → latents [B, C, h, w] as the denoiser takes them, float32.
 
+    pictures: on the device where the VAE computes, which is not where its weights are if they are streamed.
     ``generators`` sample from the distribution that the VAE gives: one for the batch, one per picture, or none. They
     draw in float32, or else in the VAE's precision, as Diffusers does.
     """
-    outputs = [
-        vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.device, vae.dtype), at_once)
-    ]
+    outputs = [vae.encode(part, return_dict=False)[0] for part in torch.split(pictures.to(vae.dtype), at_once)]
     if isinstance(outputs[0], Tensor):  # a tiny autoencoder gives latents
         return scaled(vae, torch.cat(outputs))
     moments = torch.cat([torch.cat([one.mean, one.logvar], dim=1) for one in outputs])

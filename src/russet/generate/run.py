@@ -296,8 +296,9 @@ class Run(Generic[Output]):
         return Conditioning(*halves).to(self.pipe.device).repeated(self.spec.images_per_prompt)
 
     def _encode_pictures(self, pictures: Tensor, generators: tuple[Generator, ...]) -> Tensor:
+        vae, pictures = self.pipe.known("vae"), pictures.to(self.pipe.device)  # a VAE that is streamed rests elsewhere
         latents, notes = decoding.encode(
-            self.pipe.known("vae"),
+            vae,
             pictures,
             generators,
             self.plan.vae_batch,
@@ -305,7 +306,7 @@ class Run(Generic[Output]):
             in_float32=self.resolved.own_streams,
         )
         self.notes += notes
-        return latents.to(self.pipe.device)
+        return latents
 
     def _new_loop(self, conditioning: Conditioning) -> DenoisingLoop:
         return DenoisingLoop(
