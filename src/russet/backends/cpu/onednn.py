@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+HAS_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # from torch 2.0 on
+
+
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN's operation is for these: float32 on the CPU, and no gradient wanted, for which it has no rule."""
     wanted = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not wanted
+    return HAS_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not wanted
 
 
 class PrepackedWeight:
@@ -28,7 +31,8 @@ class PrepackedWeight:
 
     def takes(self, x: Tensor, weight: Tensor) -> bool:
         """Whether it is for this call: bfloat16 on the CPU, and no gradient wanted."""
-        return x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
+        fits = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+        return HAS_LINEAR and fits and not torch.is_grad_enabled()
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._packed is None:
