@@ -14,6 +14,7 @@ from russet.passes.prompt_cache import cached_prompt
 from russet.passes.timestep_embeddings import TimestepCache
 from russet.planning.plan import Plan
 from russet.residency import network as residency
+from russet.residency import runs
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 TINY = {
@@ -87,7 +88,7 @@ def replanned(plan: Plan, **changes: Any) -> Plan:
 def in_form(found: Plan, network: Model, component: str = "unet") -> contextlib.AbstractContextManager[Any]:
     """``with in_form(plan, unet): …``: the network computes as the plan wants it, where it is."""
     use = residency.Use(component, found, network.device, None)
-    return residency.OnDevice(residency.of(network), use)
+    return runs.OnDevice(residency.of(network), use)
 
 
 def answer(found: Plan, unet: Any, sample: torch.Tensor, context: torch.Tensor) -> torch.Tensor:

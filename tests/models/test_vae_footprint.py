@@ -59,7 +59,7 @@ def test_in_place_it_never_takes_more(channels: list[int]) -> None:
     donated = peak_of(lambda: vae.decode(z)), peak_of(lambda: vae.encode(x))
     assert donated[0] <= plain[0]
     assert donated[1] <= plain[1]
-    assert donated != plain
+    assert donated != plain or not HAS_SDPA  # else the scores of attention take the most, in any case
 
 
 def test_a_tiny_vae_peaks_as_predicted_both_ways() -> None:

@@ -8,6 +8,7 @@ under its own name, as the same ``nn.Parameter``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,9 @@ def packed_already(parts: Sequence[Tensor], rows: int) -> Tensor | None:
     """The tensor of so many rows that the parts, one after another, are all views of; None where they are not."""
     first = parts[0]
     numbers = rows * first[0].numel() if first.ndim > 1 else rows
-    address, size = first.untyped_storage().data_ptr(), first.element_size()
-    if first.untyped_storage().nbytes() != numbers * size or not all(part.is_contiguous() for part in parts):
+    storage: Any = getattr(first, "untyped_storage", first.storage)()  # PyTorch 1.13 has the second alone
+    address, size = storage.data_ptr(), first.element_size()
+    if storage.nbytes() != numbers * size or not all(part.is_contiguous() for part in parts):
         return None
     for part in parts:  # addresses within one piece of memory: nobody else's can lie between them
         if part.data_ptr() != address:

@@ -186,7 +186,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     optimize_blocks(network, changes)
     projections = [one for layer in text_layers(network) for one in (layer.to_k, layer.to_v)]
-    if choices["prompt_cache"] == PACKED and alike(projections) and hasattr(Tensor, "untyped_storage"):
+    if choices["prompt_cache"] == PACKED and alike(projections):
         changes.set(network, "packed_texts", PackedLinears(projections))
 
 

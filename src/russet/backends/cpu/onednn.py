@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 HAS_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # from torch 2.0 on
 
 
 def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN's operation is for these: float32 on the CPU, and no gradient wanted, for which it has no rule."""
     wanted = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
-    return HAS_LINEAR and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not wanted
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not wanted
 
 
 class PrepackedWeight:
@@ -54,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, prepacked: PrepackedW
     """``F.linear``: ``x`` [..., Cin] times ``weight`` [Cout, Cin], plus ``bias`` [Cout]."""
     if prepacked is not None and prepacked.takes(x, weight):
         return prepacked.linear(x, weight, bias)
-    if not takes(x, weight, bias):
+    if not (HAS_LINEAR and takes(x, weight, bias)):
         return F.linear(x, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
