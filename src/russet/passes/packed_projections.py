@@ -89,8 +89,6 @@ class PackedTimeProjections:
 def decide(situation: Situation) -> tuple[bool, str]:
     if situation.decided["offload"] == "sequential":
         return False, LAYER_BY_LAYER
-    if situation.facts.torch < (2, 0):
-        return False, "this PyTorch cannot tell which tensors share memory"
     return True, "one large matrix product keeps the GPU busier than three smaller ones"
 
 
