@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,10 +39,13 @@ def ddim(tiny: Any) -> Any:
     return tiny
 
 
-def calls_of(network: Any) -> list[int]:
+@contextlib.contextmanager
+def calls_of(network: Any) -> Iterator[list[int]]:
+    """Counts calls while the block lasts; a hook left on networks that tests share would change other tests."""
     calls: list[int] = []
-    network.register_forward_pre_hook(lambda *_: calls.append(1))
-    return calls
+    hook = network.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    hook.remove()
 
 
 def test_a_run_that_was_started_has_computed_nothing_and_has_a_plan(ddim: Any) -> None:
@@ -113,20 +118,20 @@ def test_latents_and_guidance_may_be_changed_between_two_steps_as_by_a_callback(
 
 
 def test_a_cancelled_run_makes_no_further_step_and_still_has_a_picture(ddim: Any) -> None:
-    calls = calls_of(ddim.unet)
     run = ddim.start(spec(sampling=SamplingSpec(steps=9)))
-    for step in run:
-        if step.index == 1:
-            run.cancel()
+    with calls_of(ddim.unet) as calls:
+        for step in run:
+            if step.index == 1:
+                run.cancel()
     assert len(calls) == 2
     assert run.result().images.shape == (1, 64, 64, 3)
 
 
 def test_a_run_may_be_cancelled_from_another_thread_while_text_is_encoded(ddim: Any) -> None:
-    calls = calls_of(ddim.unet)
     run = ddim.start(spec())
     hook = ddim.text_encoder.register_forward_pre_hook(lambda *_: in_a_thread(run.cancel))
-    output = run.result()
+    with calls_of(ddim.unet) as calls:
+        output = run.result()
     hook.remove()
     assert calls == []
     assert output.images.shape == (1, 64, 64, 3)
