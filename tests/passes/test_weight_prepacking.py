@@ -75,7 +75,7 @@ def test_it_is_planned_for_bfloat16_on_a_cpu_with_amx_and_room_for_copies() -> N
     from russet.planning.reference_models import sd15
 
     has_amx = dataclasses.replace(
-        read_facts("cpu"), amx=True, onednn=True, bf16=True, available=32 << 30, memory=64 << 30
+        read_facts("cpu"), amx=True, onednn=True, bf16=True, available=32 << 30, held=0, memory=64 << 30
     )
     assert plan(has_amx, sd15(), Request())["weight_prepacking"]
     small = dataclasses.replace(has_amx, available=6 << 30)
