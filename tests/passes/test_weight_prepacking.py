@@ -49,6 +49,10 @@ def test_a_network_answers_as_before_at_every_size_and_is_restored(network: Any)
     assert torch.equal(asked(network, (8, 8)).answer(network), expected[0])
 
 
+def test_the_copies_are_freed_when_another_network_works(network: Any) -> None:
+    assert PREPACKED.apply(network).copied  # which is what residency asks before it does so
+
+
 def test_every_weight_is_laid_out_once(network: Any) -> None:
     PREPACKED.apply(network)
     ask = asked(network, (8, 8))

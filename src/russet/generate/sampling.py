@@ -96,7 +96,6 @@ class DenoisingLoop:
             self.notes.append(fallback.announce())
             self._precision = fallback.precision
             self.change(snapshot.conditioning, snapshot.guidance)
-        self._denoiser = None  # what it keeps of the prompt would take memory while pictures are decoded
         if not self.finite:
             self.notes.append(DAMAGED)
 

@@ -32,6 +32,7 @@ def apply(network: nn.Module, name: str, choices: Choices, changes: Changes) -> 
         return
     layers = {nn.Linear: OneDNNLinear, TokenProjection: OneDNNTokenProjection, nn.Conv2d: CpuConv2d}
     swap_layers(changes.modules, layers, changes)
+    changes.copied = True
     for module in changes.modules:
         if type(module) in layers.values():
             changes.set(module, "prepacked", PrepackedWeight())

@@ -68,7 +68,6 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionBase):
             clip_skip, callback_on_step_end, callback_on_step_end_tensor_inputs, seed: as for
                 ``StableDiffusionPipeline``.
 
-
         Raises:
             InputError: an argument is wrong, or Russet lacks it.
             DoesNotFit: the pictures need more memory than the device has.

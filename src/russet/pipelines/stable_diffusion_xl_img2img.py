@@ -87,7 +87,6 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLBase):
                 prompt; a size left out is that of the prompt.
             aesthetic_score, negative_aesthetic_score: of the refiner, which takes them in place of the target sizes.
 
-
         Raises:
             InputError: an argument is wrong, or Russet lacks it.
             DoesNotFit: the pictures need more memory than the device has.
